@@ -1,0 +1,77 @@
+"""Finds the compiled module and turns tensors into what it takes. Nothing else imports ``_C``."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_C: ModuleType | None
+try:
+    from echo_ext import _C
+except ImportError as error:  # a source tree that was never built
+    _C = None
+    _NOT_BUILT = f"echo_ext._C is not built ({error}); run: pip install -e . --no-build-isolation"
+
+TensorTuple = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+@torch.compiler.assume_constant_result  # dynamo traces through functools.cache, so it wraps the cached one
+def why_no_kernels() -> str:
+    """Return "" if CUDA kernels run here, else the reason. The first call asks the driver; import never does."""
+    return _probe()
+
+
+@functools.cache
+def _probe() -> str:
+    if _C is None:
+        return _NOT_BUILT
+    if _C.cuda_version is None:
+        return "echo_ext was built without nvcc"
+    if not torch.cuda.is_available():
+        return "this torch sees no CUDA device"
+    return _C.driver_error()  # such as a driver older than the toolkit, or a chip no kernel was built for
+
+
+def build_info() -> dict[str, object]:
+    """Say what was built and what this machine can run; safe to call anywhere.
+
+    Returns:
+        ``cuda`` toolkit version or None, ``archs`` the kernels were built for, ``devices`` one line a CUDA device,
+        ``why_no_kernels`` the reason the reference is used everywhere, "" where kernels run.
+    """
+    cuda, archs = (_C.cuda_version, _C.cuda_archs) if _C else (None, "")
+    reason = why_no_kernels()
+    devices = _C.device_info() if _C and not reason else ()
+    return {"cuda": cuda, "archs": archs, "devices": devices, "why_no_kernels": reason}
+
+
+def module() -> ModuleType:
+    """Return the compiled module.
+
+    Raises:
+        ImportError: it was never built; says how to build it.
+    """
+    if _C is None:
+        raise ImportError(_NOT_BUILT)
+    return _C
+
+
+def view(x: Tensor) -> TensorTuple:
+    """Return (data_ptr, dtype code, shape, strides): all a kernel needs to know of ``x``.
+
+    Raises:
+        ValueError: no kernel is built for ``x.dtype``.
+    """
+    if x.dtype not in DTYPE_CODE:
+        raise ValueError(f"dtype {x.dtype} is not built; convert to one of {', '.join(map(str, DTYPE_CODE))}")
+    return x.data_ptr(), DTYPE_CODE[x.dtype], tuple(x.shape), x.stride()
+
+
+def stream_of(x: Tensor) -> int:
+    """Return the raw handle of the stream current on ``x``'s device, so that graph capture sees the launch."""
+    return torch.cuda.current_stream(x.device).cuda_stream

@@ -1,0 +1,46 @@
+"""Devices, threads, seeds and the NaN poison shared by every test."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import echo_ext
+
+WHY_NO_KERNELS = echo_ext.build_info()["why_no_kernels"]
+
+# Tests are small tensors: more threads only fight over the cores. OMP_NUM_THREADS can ask for fewer.
+torch.set_num_threads(min(torch.get_num_threads(), 2))
+
+
+def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason=f"no kernels here: {WHY_NO_KERNELS}")
+    for item in items:
+        if "gpu" in item.keywords and WHY_NO_KERNELS:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """The same draws in every test, whatever ran before; fixtures of a wider scope seed themselves."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - seeds what a library may draw from the global generator
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _poisoned_empty():
+    """Code that forgets to write an element must fail, not pass on lucky zeros."""
+
+    def poisoned(plain):
+        def fill(*args, **kwargs):
+            x = plain(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() and not x.requires_grad else x
+
+        return fill
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]:
+            patch.setattr(owner, name, poisoned(getattr(owner, name)))
+        yield
