@@ -1,4 +1,4 @@
-"""The border between Python and C++: tuples cross it, mistakes come back as ValueError, import asks nothing of the driver."""
+"""The border between Python and C++: tuples cross it, mistakes return as ValueError, import asks the driver nothing."""
 
 import pytest
 import torch
