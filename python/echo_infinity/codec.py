@@ -24,7 +24,8 @@ class CodecConfig:
 
     Args:
         latent_channels: channels of a latent.
-        encoder_width: encoder channels at 1/4 resolution; twice as many at 1/8.
+        encoder_width: encoder channels at 1/4 resolution.
+        encoder_deep_width: encoder channels at 1/8 resolution.
         decoder_width: decoder channels at 1/8 resolution.
         middle_width: decoder channels at 1/4 resolution, the four frames of a group together.
         frame_width: decoder channels at 1/2 resolution, each frame on its own.
@@ -32,6 +33,7 @@ class CodecConfig:
 
     latent_channels: int = 8
     encoder_width: int = 64
+    encoder_deep_width: int = 96
     decoder_width: int = 96
     middle_width: int = 64
     frame_width: int = 24
@@ -59,16 +61,16 @@ class _Encoder(nn.Module):
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
-        width = config.encoder_width
+        width, deep = config.encoder_width, config.encoder_deep_width
         self.stem = nn.Conv2d(TIME_STRIDE * 3 * 16, width, 3, padding=1)
         self.quarter = _Residual(width)
-        self.down = nn.Conv2d(width, 2 * width, 4, stride=2, padding=1)
-        self.past = nn.Conv2d(2 * width, 2 * width, 1)
-        self.eighth = _Residual(2 * width)
-        self.head = nn.Conv2d(2 * width, config.latent_channels, 1)
+        self.down = nn.Conv2d(width, deep, 4, stride=2, padding=1)
+        self.past = nn.Conv2d(deep, deep, 1)
+        self.eighth = _Residual(deep)
+        self.head = nn.Conv2d(deep, config.latent_channels, 1)
 
     def features(self, groups: Tensor) -> Tensor:
-        """(N, 12, H, W) -> (N, 2 width, H/8, W/8), of one group alone."""
+        """(N, 12, H, W) -> (N, deep, H/8, W/8), of one group alone."""
         return self.down(F.relu(self.quarter(self.stem(F.pixel_unshuffle(groups, 4)))))
 
     def forward(self, now: Tensor, before: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ class _Decoder(nn.Module):
         self.to_quarter = nn.Conv2d(width, middle * 4, 1)
         self.quarter = _Residual(middle)
         self.to_half = nn.Conv2d(middle, TIME_STRIDE * frame * 4, 1)
-        self.half = nn.Conv2d(frame, frame, 3, padding=1)
+        self.smooth = nn.Conv2d(frame, frame, 3, padding=1)
         self.head = nn.Conv2d(frame, 3 * 4, 3, padding=1)
 
     def features(self, latents: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ class _Decoder(nn.Module):
         x = F.relu(F.pixel_shuffle(self.to_half(F.relu(x)), 2))  # (N, 4 frame, 4 h, 4 w)
         n, _, rows, columns = x.shape
         x = x.reshape(n * TIME_STRIDE, -1, rows, columns)  # the four frames part here
-        x = x + F.relu(self.half(x))
+        x = x + F.relu(self.smooth(x))
         x = F.pixel_shuffle(self.head(x), 2)
         return x.reshape(n, TIME_STRIDE, 3, 2 * rows, 2 * columns)
 
@@ -136,7 +138,7 @@ class Codec(nn.Module):
             state: what the call before returned; ``None`` starts a stream.
 
         Returns:
-            latents ``(B, F, C, H/8, W/8)``, and the state for the next call: ``{"encoder": (B, 2 width, h, w)}``.
+            latents ``(B, F, C, H/8, W/8)``, and the state for the next call: ``{"encoder": (B, deep width, h, w)}``.
 
         Raises:
             ValueError: frames of another shape or number, or a state of another geometry.

@@ -1,0 +1,1 @@
+"""Training: the codec, the clip cache, the generator."""

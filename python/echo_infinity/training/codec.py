@@ -1,0 +1,325 @@
+"""Train the codec on procedural worlds: resumable, every step's data and noise a function of (seed, step)."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ..codec import Codec, CodecConfig, to_uint8, to_unit
+from ..worlds import World, nearest_colour
+
+HELD_OUT = 1 << 20  # worlds with smaller seeds are never trained on
+_KINDS = ("open",) * 9 + ("curtain",) * 7 + ("path",) * 4
+_CURTAIN = (True, False, False, True, True)  # half open, half closed, from block 1 on for ever
+
+
+@dataclass(frozen=True)
+class CodecTraining:
+    """Settings of a training run.
+
+    Args:
+        steps, batch, latent_frames: length of the run, clips a step, latents a clip.
+        rate, warmup: peak learning rate (cosine to 1 % of it) and its warm-up steps.
+        noise: largest standard deviation of the noise added to the unit-variance latents.
+        colour_weight: extra weight of vivid pixels, which are the objects.
+        edge_weight: weight of the error of spatial differences.
+        seed: of weights, worlds and noise.
+        bf16: compute convolutions in bfloat16.
+    """
+
+    steps: int = 3000
+    batch: int = 16
+    latent_frames: int = 4
+    rate: float = 2e-3
+    warmup: int = 100
+    noise: float = 0.25
+    colour_weight: float = 2.0
+    edge_weight: float = 0.5
+    seed: int = 0
+    bf16: bool = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``echo-infinity train codec``."""
+    defaults = CodecTraining()
+    parser.add_argument("--out", type=Path, default=Path("runs/codec"), help="folder of checkpoint, log and weights")
+    parser.add_argument("--steps", type=int, default=defaults.steps)
+    parser.add_argument("--batch", type=int, default=defaults.batch, help="clips a step")
+    parser.add_argument("--latent-frames", type=int, default=defaults.latent_frames, help="latents a clip")
+    parser.add_argument("--rate", type=float, default=defaults.rate, help="peak learning rate")
+    parser.add_argument("--noise", type=float, default=defaults.noise, help="largest latent noise in training")
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--no-bf16", dest="bf16", action="store_false", help="compute in float32")
+    parser.add_argument("--restart", action="store_true", help="ignore the checkpoint in --out")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train (or go on training) as the options say, judge the result, print where it is; return the exit code."""
+    names = {f.name for f in fields(CodecTraining)} & set(vars(args))
+    settings = CodecTraining(**{name: getattr(args, name) for name in names})
+    trainer = CodecTrainer(settings, args.out)
+    if not args.restart:
+        trainer.resume()
+    if not trainer.train():
+        print(f"stopped at step {trainer.step}; the same command goes on from {trainer.checkpoint}")
+        return 130
+    trainer.normalise()
+    trainer.codec.save(args.out / "codec.safetensors")
+    scores = judge(trainer.codec)
+    (args.out / "scores.json").write_text(json.dumps(scores, indent=1))
+    print(f"{args.out / 'codec.safetensors'}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+    return 0
+
+
+class CodecTrainer:
+    """A codec, its optimiser and its place in the run.
+
+    Args:
+        settings: of the run; a checkpoint written with others is refused.
+        out: folder of ``checkpoint.safetensors``, ``log.csv`` and ``loss.png``.
+        config: sizes of the codec.
+    """
+
+    def __init__(self, settings: CodecTraining, out: Path, config: CodecConfig | None = None) -> None:
+        self.settings, self.out, self.step = settings, Path(out), 0
+        torch.manual_seed(settings.seed)
+        self.codec = Codec(config).to(memory_format=torch.channels_last).train()
+        self.optimiser = torch.optim.Adam(self.codec.parameters(), lr=settings.rate, betas=(0.9, 0.99))
+        self.log: list[dict[str, float]] = []
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run is kept."""
+        return self.out / "checkpoint.safetensors"
+
+    def train(self, until: int | None = None, save_every: int = 500) -> bool:
+        """Take steps up to ``until`` (by default all); save now and then, at the end and on Ctrl-C.
+
+        Returns:
+            Whether the run went through.
+        """
+        until = self.settings.steps if until is None else until
+        bar = tqdm(total=until, initial=self.step, desc="codec", mininterval=2.0)
+        try:
+            while self.step < until:
+                row = self._take_step()
+                self.log.append(row)
+                bar.update()
+                bar.set_postfix(loss=f"{row['loss']:.4f}", l1=f"{row['l1']:.4f}", refresh=False)
+                if self.step % save_every == 0:
+                    self.save()
+        except KeyboardInterrupt:
+            return False
+        finally:
+            bar.close()
+            self.save()
+            plot_loss(self.log, self.out / "loss.png")
+        return True
+
+    def _take_step(self) -> dict[str, float]:
+        s, began = self.settings, time.perf_counter()
+        frames = training_batch(s, self.step)
+        generator = torch.Generator().manual_seed((s.seed << 32) + self.step)
+        warm = min(1.0, (self.step + 1) / s.warmup)
+        rate = s.rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.step / s.steps)))
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        with torch.autocast("cpu", torch.bfloat16, enabled=s.bf16):
+            raw, _ = self.codec.encode_raw(frames)
+            raw = raw.float()
+            # Unit variance by construction: the noise then has a meaning, and no KL weight is to be tuned.
+            mean, var = raw.mean((0, 1, 3, 4)), raw.var((0, 1, 3, 4))
+            unit = (raw - mean[:, None, None]) * torch.rsqrt(var + 1e-6)[:, None, None]
+            level = s.noise * torch.rand(s.batch, 1, 1, 1, 1, generator=generator)
+            noisy = unit + level * torch.randn(unit.shape, generator=generator)
+            decoded, _ = self.codec.decode_raw(noisy)
+        loss, l1 = reconstruction_loss(decoded.float(), frames, s)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.codec.parameters(), 1.0)
+        self.optimiser.step()
+        self.step += 1
+        return {
+            "step": self.step,
+            "loss": loss.item(),
+            "l1": l1.item(),
+            "grad_norm": norm.item(),
+            "rate": rate,
+            "seconds": time.perf_counter() - began,
+        }
+
+    @torch.no_grad()
+    def normalise(self, clips: int = 256) -> None:
+        """Fold the latents' normalisation into the codec: training used each batch's own statistics.
+
+        The decoder has seen unit latents, so its ``decode_raw`` becomes ``decode``: the encoder's head is scaled
+        to unit output, up to what ``latent_mean`` and ``latent_std`` then measure on fresh worlds (about 0 and 1).
+        """
+        codec = self.codec.eval()
+        mean, std = self._statistics(range(clips))
+        codec.encoder.head.weight.div_(std[:, None, None, None])
+        codec.encoder.head.bias.sub_(mean).div_(std)
+        mean, std = self._statistics(range(clips, 2 * clips))
+        codec.latent_mean.copy_(mean)
+        codec.latent_std.copy_(std)
+
+    def _statistics(self, clips: range) -> tuple[Tensor, Tensor]:
+        size = self.settings.batch
+        latents = torch.cat(
+            [
+                self.codec.encode_raw(training_batch(self.settings, self.settings.steps + clips.start + i))[0]
+                for i in range(max(1, len(clips) // size))
+            ]
+        )
+        return latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4))
+
+    def save(self) -> None:
+        """Write weights, optimiser, step and log to ``out``, atomically."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        tensors = {f"codec.{k}": v.detach().contiguous() for k, v in self.codec.state_dict().items()}
+        for index, entry in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{k}": v.detach().contiguous() for k, v in entry.items()}
+        metadata = {"settings": json.dumps(asdict(self.settings)), "step": str(self.step)}
+        metadata["config"] = json.dumps(asdict(self.codec.config))
+        partial = self.checkpoint.with_suffix(".partial")
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, self.checkpoint)
+        if self.log:
+            with open(self.out / "log.csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, list(self.log[0]))
+                writer.writeheader()
+                writer.writerows(self.log)
+
+    def resume(self) -> bool:
+        """Go back to the checkpoint in ``out``, if there is one; steps after it are the ones an unbroken run takes.
+
+        Raises:
+            ValueError: the checkpoint can't be read or was written with other settings.
+        """
+        if not self.checkpoint.is_file():
+            return False
+        try:
+            with safe_open(self.checkpoint, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"{self.checkpoint} can't be read ({error}); delete it or use --restart") from error
+        mine = {"settings": json.dumps(asdict(self.settings)), "config": json.dumps(asdict(self.codec.config))}
+        for name, value in mine.items():
+            if metadata.get(name) != value:
+                raise ValueError(
+                    f"{self.checkpoint} was written with {name} {metadata.get(name)}, this run has {value}; "
+                    "use the same options, another --out, or --restart"
+                )
+        self.codec.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("codec.")})
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("adam."):
+                _, index, key = name.split(".")
+                state.setdefault(int(index), {})[key] = tensor
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+        self.step = int(metadata["step"])
+        log = self.out / "log.csv"
+        if log.is_file():
+            with open(log, newline="") as file:
+                rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+            self.log = [row for row in rows if row["step"] <= self.step]
+        return True
+
+
+def training_batch(settings: CodecTraining, step: int) -> Tensor:
+    """Return the clips of a step, ``(batch, 4 latent_frames - 3, 3, 64, 64)`` float32 in [-1, 1], of all kinds."""
+    draw = torch.Generator().manual_seed((settings.seed << 32) + (1 << 31) + step)
+    count = 4 * settings.latent_frames - 3
+    clips = []
+    for i in range(settings.batch):
+        kind = _KINDS[int(torch.randint(len(_KINDS), (), generator=draw))]
+        start = int(torch.randint(0, 400, (), generator=draw))
+        seed = HELD_OUT + (settings.seed * 7919 + step) * settings.batch + i
+        blocks = _CURTAIN if kind == "curtain" else None
+        world = World.from_seed(seed, kind, curtain_blocks=blocks, repeat_from=1 if blocks else None)
+        clips.append(world.render(start, count))
+    return to_unit(torch.stack(clips))
+
+
+def reconstruction_loss(decoded: Tensor, frames: Tensor, settings: CodecTraining) -> tuple[Tensor, Tensor]:
+    """Return L1 + MSE, vivid pixels weighing more, plus L1 of spatial differences; and the plain L1."""
+    error = decoded - frames
+    vivid = (frames.amax(2, keepdim=True) - frames.amin(2, keepdim=True) > 0.6).float()
+    weight = 1 + settings.colour_weight * vivid
+    loss = (weight * (error.abs() + error.square())).mean()
+    edges = F.l1_loss(decoded.diff(dim=-1), frames.diff(dim=-1)) + F.l1_loss(decoded.diff(dim=-2), frames.diff(dim=-2))
+    return loss + settings.edge_weight * edges, error.detach().abs().mean()
+
+
+@torch.no_grad()
+def judge(codec: Codec, worlds: int = 24, latent_frames: int = 12, noise: float = 0.0) -> dict[str, float]:
+    """Return the codec's scores on held-out worlds of all kinds.
+
+    Args:
+        codec: the codec.
+        worlds: how many held-out worlds.
+        latent_frames: latents a clip.
+        noise: standard deviation of noise added to the latents before decoding.
+
+    Returns:
+        ``psnr`` in dB over all pixels, ``object_psnr`` over the objects' pixels, and ``colour_accuracy``, the
+        share of object pixels whose nearest object colour is right.
+    """
+    generator = torch.Generator().manual_seed(0)
+    count, square, pixels, object_square, object_pixels, right = 4 * latent_frames - 3, 0.0, 0, 0.0, 0, 0
+    for seed in range(worlds):
+        kind = ("open", "curtain", "path")[seed % 3]
+        blocks = _CURTAIN if kind == "curtain" else None
+        world = World.from_seed(seed, kind, curtain_blocks=blocks, repeat_from=1 if blocks else None)
+        start = 37 * seed
+        frames = world.render(start, count)
+        latents, _ = codec.encode(to_unit(frames)[None])
+        decoded, _ = codec.decode(latents + noise * torch.randn(latents.shape, generator=generator))
+        got = to_uint8(decoded[0])
+        error = (got.float() - frames.float()).square()
+        square, pixels = square + error.sum().item(), pixels + error.numel()
+        for i in range(0, count, 4):
+            mask = world.masks(start + i).any(0)
+            truth = nearest_colour(frames[i].permute(1, 2, 0)[mask])
+            right += int((nearest_colour(got[i].permute(1, 2, 0)[mask]) == truth).sum())
+            object_square += error[i][:, mask].sum().item()
+            object_pixels += int(mask.sum())
+
+    def decibels(mean_square: float) -> float:
+        return 10 * math.log10(255**2 / max(mean_square, 1e-9))
+
+    return {
+        "psnr": decibels(square / pixels),
+        "object_psnr": decibels(object_square / max(1, 3 * object_pixels)),
+        "colour_accuracy": right / max(1, object_pixels),
+    }
+
+
+def plot_loss(log: list[dict[str, float]], path: Path) -> None:
+    """Draw the loss and the L1 of a log over its steps."""
+    if not log:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name in ("loss", "l1"):
+        axes.semilogy([row["step"] for row in log], [row[name] for row in log], label=name, linewidth=0.8)
+    axes.set_xlabel("step")
+    axes.legend()
+    figure.savefig(path, dpi=120)
