@@ -1,0 +1,20 @@
+"""Streaming-video attention and evolving memory: ring, RoPE, three-tier attention, memory write; kernels or PyTorch."""
+
+from echo_ext._native import build_info
+from echo_ext.attention import frame_shift, stream_attention
+from echo_ext.ring import Evicted, ring_append, ring_evict
+from echo_ext.rope import axis_pairs, frame_table, grid_table, rope_rotate
+
+__all__ = [
+    "Evicted",
+    "axis_pairs",
+    "build_info",
+    "frame_shift",
+    "frame_table",
+    "grid_table",
+    "ring_append",
+    "ring_evict",
+    "rope_rotate",
+    "stream_attention",
+]
+__version__ = "0.1.0"

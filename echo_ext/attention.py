@@ -1,0 +1,202 @@
+"""Streaming attention over three tiers read in place: sink, memory and the ring of local frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from echo_ext._dispatch import Backend, use_reference, why_not_kernel
+from echo_ext.rope import axis_pairs, frame_table
+
+KV = tuple[Tensor, Tensor]
+
+_LIB = torch.library.Library("echo_ext", "FRAGMENT")
+_LIB.define(
+    "stream_attention(Tensor q, Tensor? shift, Tensor? sink_k, Tensor? sink_v, Tensor? memory_k, Tensor? memory_v, "
+    "Tensor? ring_k, Tensor? ring_v, float scale) -> (Tensor, Tensor)"
+)
+
+
+def stream_attention(
+    q: Tensor,
+    *,
+    sink: KV | None = None,
+    memory: KV | None = None,
+    ring: KV | None = None,
+    shift: Tensor | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attend to sink, memory and ring as if their keys were one sequence.
+
+    ``softmax([R q Ks^T ; R q Km^T ; q Kr^T] * scale) [Vs ; Vm ; Vr]``. Ring keys are rotated by absolute frame
+    ids, as ``q`` is; sink and memory keys live in the fixed frame of reference, so for them the query is turned by
+    ``R``, the rotation from its absolute to its relative id (one angle a pair, shared by all tokens).
+
+    Args:
+        q: ``(B, Tq, H, d)`` queries rotated by their absolute ids.
+        sink: keys and values, each ``(B, Ts, H, d)``, any strides with a contiguous last dim; None leaves the tier out.
+        memory: keys and values of the evolving memory, likewise.
+        ring: keys and values of the filled slots, in any order of frames.
+        shift: ``(B or 1, n_t, 2)`` float32 cos and sin of (relative - absolute id), see :func:`frame_shift`;
+            None where the two agree.
+        scale: score scale; default ``d ** -0.5``.
+        backend: ``"kernel"`` raises where the CUDA kernel can't run; ``"auto"`` falls back.
+
+    Returns:
+        ``(B, Tq, H, d)`` in ``q.dtype``. Softmax in float32. Differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or no tier holds a key.
+        RuntimeError: ``backend="kernel"`` and the kernel can't run; says why.
+
+    Source: docs/method.md sections 2 and 3.
+    """
+    _check(q, shift, {"sink": sink, "memory": memory, "ring": ring})
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    tensors = [x for pair in (sink, memory, ring) for x in (pair or (None, None))]
+    wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *tensors))
+    if use_reference("stream_attention", backend, _why_not_kernel(q)):
+        run = stream_attention_ref if wants_grad else _merge_tiers
+        return run(q, shift, *tensors, scale)[0]
+    if wants_grad:
+        return _StreamAttention.apply(q, shift, *tensors, scale)
+    return torch.ops.echo_ext.stream_attention(q, shift, *tensors, scale)[0]
+
+
+def frame_shift(relative_id: int | Tensor, absolute_id: int | Tensor, head_dim: int, device=None) -> Tensor:
+    """Build the rotation that carries a query from its absolute to its relative frame id.
+
+    Args:
+        relative_id: id of any query frame inside the pretrained range; int or ``(B,)``.
+        absolute_id: the same frame's own number in the stream; int or ``(B,)``.
+        head_dim: ``d``.
+        device: where the table goes; the angle is computed in float64 on the host.
+
+    Returns:
+        ``(B or 1, n_t, 2)`` float32 cos and sin.
+
+    Source: docs/method.md section 3, last paragraph.
+    """
+    ids = torch.as_tensor(relative_id, dtype=torch.float64) - torch.as_tensor(absolute_id, dtype=torch.float64)
+    return frame_table(ids.reshape(-1, 1), head_dim, device=device)[:, 0]
+
+
+def shift_queries(q: Tensor, shift: Tensor) -> Tensor:
+    """Turn the temporal pairs of ``q`` ``(B, T, H, d)`` by ``shift`` ``(B or 1, n_t, 2)``; rows and columns stay."""
+    n_t = shift.shape[1]
+    wide = q.to(torch.promote_types(q.dtype, torch.float32))
+    temporal = wide[..., : 2 * n_t].unflatten(-1, (n_t, 2))  # (B, T, H, n_t, 2)
+    cos, sin = shift[:, None, None].unbind(-1)  # (B or 1, 1, 1, n_t)
+    x0, x1 = temporal.unbind(-1)
+    turned = torch.stack([x0 * cos - x1 * sin, x0 * sin + x1 * cos], dim=-1).flatten(-2)
+    return torch.cat([turned, wide[..., 2 * n_t :]], dim=-1).to(q.dtype)
+
+
+def stream_attention_ref(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale) -> tuple[Tensor, Tensor]:
+    """The oracle: all scores at once, softmax in float32 or wider, differentiable. Returns output and LSE (B, H, Tq)."""
+    turned = q if shift is None else shift_queries(q, shift)
+    tiers = [(turned, sink_k, sink_v), (turned, memory_k, memory_v), (q, ring_k, ring_v)]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = [torch.einsum("bihd,bjhd->bhij", x.to(wide), k.to(wide)) for x, k, _ in tiers if k is not None]
+    joint = torch.cat(scores, dim=-1) * scale  # (B, H, Tq, Tk)
+    weights = joint.softmax(dim=-1).split([x.shape[-1] for x in scores], dim=-1)
+    values = [v for _, _, v in tiers if v is not None]
+    out = sum(torch.einsum("bhij,bjhd->bihd", w, v.to(wide)) for w, v in zip(weights, values, strict=True))
+    return out.to(q.dtype), joint.logsumexp(dim=-1)
+
+
+def _merge_tiers(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale) -> tuple[Tensor, Tensor]:
+    """The fallback: the library's attention on each tier in place, joined by their log-sum-exps."""
+    turned = q if shift is None else shift_queries(q, shift)
+    tiers = [(turned, sink_k, sink_v), (turned, memory_k, memory_v), (q, ring_k, ring_v)]
+    parts = [_tier(x, k, v, scale) for x, k, v in tiers if k is not None and k.shape[1]]
+    out, lse = parts[0]
+    if len(parts) > 1:
+        lses = torch.stack([lse for _, lse in parts])  # (tiers, B, H, Tq)
+        weights = lses.softmax(dim=0).transpose(2, 3)[..., None]  # (tiers, B, Tq, H, 1)
+        out = weights[0] * parts[0][0]
+        for weight, (part, _) in zip(weights[1:], parts[1:], strict=True):
+            out = torch.addcmul(out, weight, part.to(out.dtype))
+        lse = lses.logsumexp(dim=0)
+    return out.to(q.dtype), lse
+
+
+def _tier(q: Tensor, k: Tensor, v: Tensor, scale: float) -> KV:
+    """Attention over one tier as ``(B, Tq, H, d)`` and LSE ``(B, H, Tq)`` float32."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, d): views, the library reads any strides
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    elif q.dtype == torch.float32:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
+        lse = lse[..., : q.shape[2]]  # padded to a multiple of 32
+    else:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+    return out.transpose(1, 2), lse
+
+
+def _check(q: Tensor, shift: Tensor | None, tiers: dict[str, KV | None]) -> None:
+    if q.ndim != 4:
+        raise ValueError(f"q must be (B, T, H, d), got {tuple(q.shape)}")
+    b, _, h, d = q.shape
+    keys = 0
+    for name, pair in tiers.items():
+        if pair is None:
+            continue
+        k, v = pair
+        if k.ndim != 4 or k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (b, h, d):
+            raise ValueError(
+                f"{name} keys and values must be ({b}, T, {h}, {d}) to match q, got {tuple(k.shape)}, {tuple(v.shape)}"
+            )
+        for x in pair:
+            if x.dtype != q.dtype or x.device != q.device:
+                raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}")
+        keys += k.shape[1]
+    if keys == 0:
+        raise ValueError("no tier holds a key: pass at least the ring with the current block")
+    if shift is not None and shift.shape not in ((1, axis_pairs(d)[0], 2), (b, axis_pairs(d)[0], 2)):
+        raise ValueError(f"shift must be (1 or {b}, {axis_pairs(d)[0]}, 2) for d={d}, got {tuple(shift.shape)}")
+
+
+def _why_not_kernel(q: Tensor) -> str | None:
+    """The first reason the CUDA kernel can't take ``q``, or None if it can."""
+    return why_not_kernel("stream_attention", q, "q")
+
+
+class _StreamAttention(torch.autograd.Function):
+    """Op forward; backward recomputes through the reference, so gradients need no second kernel."""
+
+    @staticmethod
+    def forward(ctx, q, shift, *rest):
+        *tensors, ctx.scale = rest
+        ctx.save_for_backward(q, shift, *tensors)
+        return torch.ops.echo_ext.stream_attention(q, shift, *tensors, ctx.scale)[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        needs = ctx.needs_input_grad
+        inputs = [
+            None if x is None else x.detach().requires_grad_(need)
+            for x, need in zip(ctx.saved_tensors, needs[:-1], strict=True)
+        ]
+        with torch.enable_grad():
+            out, _ = stream_attention_ref(*inputs, ctx.scale)
+        wanted = [x for x, need in zip(inputs, needs[:-1], strict=True) if need]
+        grads = iter(torch.autograd.grad(out, wanted, grad))
+        return *(next(grads) if need else None for need in needs[:-1]), None
+
+
+def _fake(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale):
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+def _impl(*args: object) -> Sequence[Tensor]:
+    out, lse = _merge_tiers(*args)
+    return out.contiguous(), lse.float().contiguous()
+
+
+_LIB.impl("stream_attention", _impl, "CPU")
+_LIB.impl("stream_attention", _impl, "CUDA")
+torch.library.register_fake("echo_ext::stream_attention", _fake, lib=_LIB)

@@ -1,0 +1,118 @@
+"""The cache's functional twin for training: nothing is overwritten, so gradients can pass through it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from echo_ext import rope_rotate
+from echo_ext.attention import shift_queries
+from echo_ext.ring import width_norm
+from echo_infinity.cache import KV, Call
+from echo_infinity.config import EchoConfig
+
+
+class FunctionalKV:
+    """Same window, same ids and same results as :class:`~echo_infinity.cache.RingKV`, by plain concatenation.
+
+    Args:
+        config: geometry; sets the window and the number of layers.
+
+    Source: docs/method.md sections 2 and 7.
+    """
+
+    def __init__(self, config: EchoConfig) -> None:
+        self.config = config
+        self.tokens_per_frame = config.tokens_per_frame
+        self._held: list[_Held | None] = [None] * config.model.layers
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: tuple[Tensor, Tensor],
+        call: Call,
+        memory: KV | None,
+        *,
+        output: bool = True,
+    ) -> Tensor | None:
+        """Append a block's K/V to ``layer`` and attend; see :meth:`echo_infinity.cache.RingKV.attend`."""
+        eps = self.config.model.eps
+        k = width_norm(k, norms[1], eps)
+        new = _Held(range(call.start, call.start + call.frames), rope_rotate(k, call.frame_table, call.grid_table), v, k)
+        old = self._held[layer]
+        kept = [] if old is None else self._kept(old, call)
+        self._held[layer] = _join([*kept, new], self.tokens_per_frame)
+        if not output:
+            return None
+        q = rope_rotate(width_norm(q, norms[0], eps), call.frame_table, call.grid_table)
+        return self._attention(q, self._held[layer], call, memory)
+
+    def evicted(self, call: Call) -> list[KV]:
+        """Last layer's K and V of the frames that leave the window in ``call``."""
+        w, held = self.config.window, self._held[-1]
+        if held is None:
+            return []
+        first = max(w.sink_frames, call.start - w.local_frames)
+        last = first + call.slots.evicted.count
+        return [self._slice(held, first, last)] if last > first else []
+
+    def sink(self) -> KV:
+        """Last layer's K and V of the sink frames."""
+        held = self._held[-1]
+        if held is None:
+            raise ValueError("the sink is empty: no block has been cached")
+        return self._slice(held, 0, self.config.window.sink_frames)
+
+    def _slice(self, held: _Held, first: int, last: int) -> KV:
+        index = [i for i, f in enumerate(held.frames) if first <= f < last]
+        span = slice(index[0] * self.tokens_per_frame, (index[-1] + 1) * self.tokens_per_frame)
+        k = held.raw if self.config.window.relative else held.k
+        return k[:, span], held.v[:, span]
+
+    def _kept(self, old: _Held, call: Call) -> list[_Held]:
+        """Runs of frames of ``old`` that stay: the sink, and the local frames before the call."""
+        w, t = self.config.window, self.tokens_per_frame
+        oldest = call.start + call.frames - w.local_frames
+        keep = [i for i, f in enumerate(old.frames) if f < call.start and (f < w.sink_frames or f >= oldest)]
+        runs: list[_Held] = []
+        for i in keep:
+            span = slice(i * t, (i + 1) * t)
+            runs.append(_Held([old.frames[i]], old.k[:, span], old.v[:, span], old.raw[:, span]))
+        if len(keep) == len(old.frames):
+            return [old]
+        return runs
+
+    def _attention(self, q: Tensor, held: _Held, call: Call, memory: KV | None) -> Tensor:
+        split = call.slots.sink * self.tokens_per_frame
+        keys, values = [held.k], [held.v]
+        fixed = [] if call.shift is None else [(held.k[:, :split], held.v[:, :split])]
+        if call.shift is not None:
+            keys, values = [held.k[:, split:]], [held.v[:, split:]]
+        if memory is not None:
+            fixed.append(memory)
+        # Turning sink and memory keys the other way equals turning the query: scores depend on differences.
+        back = None if call.shift is None else call.shift * call.shift.new_tensor([1.0, -1.0])
+        for k, v in fixed:
+            keys.append(k if back is None else shift_queries(k, back))
+            values.append(v)
+        k, v = torch.cat(keys, dim=1), torch.cat(values, dim=1)
+        out = nnf.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k.to(q.dtype), v.to(q.dtype))))
+        return out.transpose(1, 2)
+
+
+class _Held:
+    """Frames a layer holds: ``k`` rotated, ``raw`` before rotation, ``v``; each ``(B, n * T_f, H, d)``."""
+
+    def __init__(self, frames: range | list[int], k: Tensor, v: Tensor, raw: Tensor) -> None:
+        self.frames, self.k, self.v, self.raw = list(frames), k, v, raw
+
+
+def _join(parts: list[_Held], tokens_per_frame: int) -> _Held:
+    if len(parts) == 1:
+        return parts[0]
+    frames = [f for part in parts for f in part.frames]
+    return _Held(frames, *(torch.cat([getattr(p, name) for p in parts], dim=1) for name in ("k", "v", "raw")))

@@ -1,0 +1,265 @@
+"""The causal video diffusion transformer; parameter names are those of the official checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from echo_infinity.cache import KV, Call
+from echo_infinity.config import ModelConfig
+
+
+class Cache(Protocol):
+    """What self-attention needs of a cache: :class:`RingKV` while streaming, :class:`FunctionalKV` in training."""
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: tuple[Tensor, Tensor],
+        call: Call,
+        memory: KV | None,
+        *,
+        output: bool = True,
+    ) -> Tensor | None: ...
+
+
+class Conditioning(NamedTuple):
+    """What a timestep does to every layer; computed once per noise level and kept for the stream."""
+
+    layers: list[tuple[Tensor, ...]]  # per layer shift, 1 + scale, gate, twice: 6 x (B, F, 1, D)
+    head: tuple[Tensor, Tensor]  # shift, 1 + scale: (B, F, 1, D)
+
+
+class CausalDiT(nn.Module):
+    """Predict the flow of a block of latent frames from its noisy latents, the cache, the memory and the text.
+
+    Args:
+        config: shape of the network.
+
+    Source: docs/method.md section 5; names in section 10.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        d, _, ph, pw = config.width, *config.patch
+        self.patch_embedding = nn.Conv3d(config.latent_channels, d, config.patch, stride=config.patch)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_width, d), nn.GELU(approximate="tanh"), nn.Linear(d, d))
+        self.time_embedding = nn.Sequential(nn.Linear(config.time_width, d), nn.SiLU(), nn.Linear(d, d))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.head = Head(d, ph * pw * config.latent_channels)
+
+    def encode_text(self, embeddings: Tensor) -> list[KV]:
+        """Project a prompt to each layer's cross-attention K/V, once per prompt.
+
+        Args:
+            embeddings: ``(B, n, text_width)``, ``n <= text_tokens``; padded with zeros to ``text_tokens``, and the
+                padding is attended to, as in training.
+
+        Returns:
+            Per layer keys (normalised over D) and values, ``(B, text_tokens, H, d)``.
+
+        Raises:
+            ValueError: too many tokens, or another width.
+        """
+        c = self.config
+        if embeddings.ndim != 3 or embeddings.shape[1] > c.text_tokens or embeddings.shape[2] != c.text_width:
+            raise ValueError(
+                f"text embeddings must be (B, <= {c.text_tokens}, {c.text_width}), got {tuple(embeddings.shape)}"
+            )
+        padded = nnf.pad(embeddings, (0, 0, 0, c.text_tokens - embeddings.shape[1]))
+        context = self.text_embedding(padded.to(self.text_embedding[0].weight.dtype))
+        return [block.cross_attn.encode(context) for block in self.blocks]
+
+    def condition(self, t: Tensor) -> Conditioning:
+        """Turn timesteps into each layer's shifts, scales and gates.
+
+        Args:
+            t: ``(B, F)`` timesteps in 0 .. 1000, one a frame.
+
+        Returns:
+            :class:`Conditioning` in the weights' dtype; sinusoid in float64, the embedding's linears in the weights'.
+        """
+        dtype = self.time_embedding[0].weight.dtype
+        e = self.time_embedding(sinusoid(t, self.config.time_width).to(dtype))  # (B, F, D)
+        e0 = self.time_projection(e).unflatten(-1, (6, -1))  # (B, F, 6, D)
+        layers = [_modulation(block.modulation, e0) for block in self.blocks]
+        shift, scale = (self.head.modulation + e[:, :, None]).chunk(2, dim=2)
+        return Conditioning(layers, (shift, 1 + scale))
+
+    def forward(
+        self,
+        x: Tensor,
+        conditioning: Conditioning,
+        text: list[KV],
+        cache: Cache,
+        call: Call,
+        memory: Sequence[KV] | None = None,
+        *,
+        output: bool = True,
+    ) -> Tensor | None:
+        """Run one pass over a block, writing its K/V into ``cache``.
+
+        Args:
+            x: ``(B, F, C, h, w)`` noisy latents, or clean ones in a context pass.
+            conditioning: from :meth:`condition`.
+            text: from :meth:`encode_text`.
+            cache: the stream's cache; its slots of this block are overwritten.
+            call: plan of the block.
+            memory: per layer rotated memory K/V, or None.
+            output: False stops after the last layer's K/V are written (context pass) and returns None.
+
+        Returns:
+            ``(B, F, C, h, w)`` predicted flow, noise - x0.
+        """
+        frames, rows, columns = x.shape[1], x.shape[3] // self.config.patch[1], x.shape[4] // self.config.patch[2]
+        h = self._patchify(x.to(self.patch_embedding.weight.dtype))
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            kept = output or i < last
+            h = block(
+                h, conditioning.layers[i], text[i], cache, i, call, None if memory is None else memory[i], output=kept
+            )
+        if not output:
+            return None
+        return self._unpatchify(self.head(h, conditioning.head), frames, rows, columns)
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        _, ph, pw = self.config.patch
+        b, f, c, height, width = x.shape
+        patches = x.reshape(b, f, c, height // ph, ph, width // pw, pw).permute(0, 1, 3, 5, 2, 4, 6)
+        weight = self.patch_embedding.weight.flatten(1)  # (D, C * ph * pw)
+        return nnf.linear(patches.reshape(b, -1, weight.shape[1]), weight, self.patch_embedding.bias)  # (B, T, D)
+
+    def _unpatchify(self, x: Tensor, frames: int, rows: int, columns: int) -> Tensor:
+        _, ph, pw = self.config.patch
+        x = x.reshape(x.shape[0], frames, rows, columns, ph, pw, -1).permute(0, 1, 6, 2, 4, 3, 5)
+        return x.reshape(x.shape[0], frames, -1, rows * ph, columns * pw)
+
+
+class Block(nn.Module):
+    """Self-attention over the stream, cross-attention to the text, feed-forward; modulated by the timestep."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 6, d) / d**0.5)
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(d, eps=config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.ffn = nn.Sequential(nn.Linear(d, config.ffn), nn.GELU(approximate="tanh"), nn.Linear(config.ffn, d))
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: tuple[Tensor, ...],
+        text: KV,
+        cache: Cache,
+        layer: int,
+        call: Call,
+        memory: KV | None,
+        *,
+        output: bool = True,
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        y = self.self_attn(modulate(x, shift1, scale1, self.eps), cache, layer, call, memory, output=output)
+        if y is None:
+            return x
+        x = gated_add(x, y, gate1)
+        x = x + self.cross_attn(self.norm3(x), text)
+        return gated_add(x, self.ffn(modulate(x, shift2, scale2, self.eps)), gate2)
+
+
+class SelfAttention(nn.Module):
+    """Projections around the cache's attention; norms and rotation happen where K is written."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.heads = config.heads
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+        self.norm_q = nn.RMSNorm(d, eps=config.eps)
+        self.norm_k = nn.RMSNorm(d, eps=config.eps)
+
+    def forward(
+        self, x: Tensor, cache: Cache, layer: int, call: Call, memory: KV | None, *, output: bool
+    ) -> Tensor | None:
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q, self.k, self.v))
+        norms = (self.norm_q.weight, self.norm_k.weight)
+        y = cache.attend(layer, q, k, v, norms, call, memory, output=output)
+        return None if y is None else self.o(y.flatten(-2))
+
+
+class CrossAttention(nn.Module):
+    """Attention to the prompt; K/V are made once per prompt by :meth:`encode`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.heads = config.heads
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+        self.norm_q = nn.RMSNorm(d, eps=config.eps)
+        self.norm_k = nn.RMSNorm(d, eps=config.eps)
+
+    def encode(self, context: Tensor) -> KV:
+        """Keys (normalised) and values ``(B, n, H, d)`` of the embedded prompt ``(B, n, D)``."""
+        split = (self.heads, -1)
+        return self.norm_k(self.k(context)).unflatten(-1, split), self.v(context).unflatten(-1, split)
+
+    def forward(self, x: Tensor, text: KV) -> Tensor:
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
+        q, k, v = (y.transpose(1, 2) for y in (q, text[0].to(q.dtype), text[1].to(q.dtype)))
+        return self.o(nnf.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+class Head(nn.Module):
+    """Modulated norm and projection to latent patches."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
+        self.head = nn.Linear(width, out)
+
+    def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
+        return self.head(modulate(x, *modulation))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """LayerNorm without weights, then ``* scale + shift`` per frame.
+
+    Args:
+        x: ``(B, T, D)``.
+        shift: ``(B, F, 1, D)``.
+        scale: ``(B, F, 1, D)``, already 1 + the predicted scale.
+        eps: of the norm.
+    """
+    norm = nnf.layer_norm(x, x.shape[-1:], eps=eps).unflatten(1, (shift.shape[1], -1))
+    return torch.addcmul(shift, norm, scale).flatten(1, 2)
+
+
+def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """``x + gate * y`` with one gate a frame, ``(B, F, 1, D)``."""
+    frames = gate.shape[1]
+    return torch.addcmul(x.unflatten(1, (frames, -1)), y.unflatten(1, (frames, -1)), gate).flatten(1, 2)
+
+
+def sinusoid(t: Tensor, width: int) -> Tensor:
+    """``cat[cos, sin](t * 10000^(-i / (width / 2)))`` in float64, ``(..., width)``."""
+    half = width // 2
+    frequencies = torch.pow(10000.0, -torch.arange(half, dtype=torch.float64, device=t.device) / half)
+    angles = t.double()[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def _modulation(own: Tensor, e0: Tensor) -> tuple[Tensor, ...]:
+    shift1, scale1, gate1, shift2, scale2, gate2 = (own[:, None] + e0).split(1, dim=2)  # own (1, 6, D), e0 (B, F, 6, D)
+    return shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2

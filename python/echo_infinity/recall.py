@@ -1,0 +1,129 @@
+"""One stream's side of the memory: when it is written, what is published, and its keys at the call's ids."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from echo_ext import frame_table, grid_table, rope_rotate
+from echo_infinity.cache import KV, Call
+from echo_infinity.config import EchoConfig, memory_grid
+from echo_infinity.memory import EvolvingMemory
+from echo_infinity.positions import grid_positions
+
+
+class _Cache(Protocol):
+    def evicted(self, call: Call) -> list[KV]: ...
+
+    def sink(self) -> KV: ...
+
+
+class StreamMemory:
+    """State of the evolving memory in one stream, with the order of events the method fixes.
+
+    ``prepare`` computes the write from the frames a block will overwrite, before its first call does so;
+    ``publish`` makes it visible after that call; ``read`` gives each layer its keys and values.
+
+    Args:
+        module: the memory's weights.
+        config: geometry.
+        batch: ``B``.
+        dtype: of the state; default the weights'.
+
+    Source: docs/method.md section 4.
+    """
+
+    def __init__(
+        self, module: EvolvingMemory, config: EchoConfig, batch: int = 1, dtype: torch.dtype | None = None
+    ) -> None:
+        self.module = module
+        self.config = config
+        self.batch = batch
+        device = next(module.parameters()).device
+        m = module.config
+        rows, columns = grid_positions(*memory_grid(m.tokens_per_frame, config.grid), *config.grid)
+        self._grid = grid_table(rows, columns, m.head_dim, device=device)
+        self._video_grid = grid_table(*grid_positions(*config.grid, *config.grid), m.head_dim, device=device)
+        self._state_dtype = dtype
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: the state is the learned start and inactive until the next write."""
+        self.state: Tensor = self.module.start(self.batch, self._state_dtype)  # (G, B, M * T_m, D)
+        self.writes = 0
+        self.pending: list[KV] = []
+        self._next: Tensor | None = None
+        self._read: tuple[tuple[int, range], list[KV]] | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether a write has been published."""
+        return self.writes > 0
+
+    def prepare(self, cache: _Cache, call: Call) -> None:
+        """Compute the write of the frames that ``call`` pushes out, while their slots still hold them."""
+        evicted = cache.evicted(call)
+        self._next = None
+        if not evicted:
+            return
+        every = self.module.config.write_every
+        if every > 1:  # batched writes outlive the slots, so this option alone copies
+            self.pending.append(_join(evicted))
+            if len(self.pending) < every:
+                return
+            evicted, self.pending = [_join(self.pending)], []
+        self._next = self._write(self.state, evicted, cache)
+
+    def publish(self) -> None:
+        """Make the prepared write visible to the next call; does nothing if there is none."""
+        if self._next is not None:
+            self.state, self._next = self._next, None
+            self.writes += 1
+
+    def rewrite(self, segments: list[KV], cache: _Cache) -> None:
+        """Start over from the learned start with one write of ``segments`` (memory re-cache at a prompt switch)."""
+        writes = self.writes
+        self.reset()
+        self.state = self._write(self.state, segments, cache)
+        self.writes = writes + 1
+
+    def detach(self) -> None:
+        """Cut the state's history: the boundary of truncated back-propagation."""
+        self.state = self.state.detach()
+
+    def read(self, call: Call) -> list[KV] | None:
+        """Rotated keys and values ``(B, M * T_m, H, d)`` of every layer, or None where the call reads no memory."""
+        if not self.active or not len(call.ids.memory):
+            return None
+        version = (self.writes, call.ids.memory)
+        if self._read is None or self._read[0] != version:
+            self._read = version, self._project(call)
+        return self._read[1]
+
+    def _project(self, call: Call) -> list[KV]:
+        keys, values = self.module.read(self.state)  # (G, B, M * T_m, H, d)
+        table = frame_table(list(call.ids.memory), self.module.config.head_dim, device=keys.device)
+        groups = [(rope_rotate(k, table, self._grid), v) for k, v in zip(keys, values, strict=True)]
+        layers = self.config.model.layers
+        return [groups[self.module.config.group_of(layer, layers)] for layer in range(layers)]
+
+    def _write(self, state: Tensor, segments: list[KV], cache: _Cache) -> Tensor:
+        m = self.module.config
+        sink = cache.sink() if m.sink_anchor else None
+        q_rope = k_rope = None
+        if m.positions:
+            q_rope = frame_table(list(range(m.frames)), m.head_dim, device=state.device), self._grid
+            read = segments if sink is None else [sink, *segments]
+            k_rope, first = [], 0
+            for k, _ in read:
+                count = k.shape[1] // len(self._video_grid)
+                ids = list(range(first, first + count))
+                k_rope.append((frame_table(ids, m.head_dim, device=state.device), self._video_grid))
+                first += count
+        return self.module.write(state, segments, sink=sink, q_rope=q_rope, k_rope=k_rope)
+
+
+def _join(segments: list[KV]) -> KV:
+    return torch.cat([k for k, _ in segments], dim=1), torch.cat([v for _, v in segments], dim=1)

@@ -1,0 +1,207 @@
+"""Latent blocks without end: denoise, write the memory, keep clean K/V, emit, forget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from echo_infinity.cache import KV, Call, Geometry, RingKV
+from echo_infinity.config import EchoConfig
+from echo_infinity.memory import EvolvingMemory
+from echo_infinity.model import CausalDiT, Conditioning
+from echo_infinity.noise import Noise
+from echo_infinity.recall import StreamMemory
+from echo_infinity.schedule import FlowSchedule
+
+
+class NonFiniteError(RuntimeError):
+    """A block came out with NaN or Inf; the stream stopped before anything of it was emitted."""
+
+
+class Generator:
+    """What many streams share: weights, tables, schedule and noise levels.
+
+    Args:
+        config: geometry and sampler settings.
+        model: the DiT.
+        memory: the evolving memory; None streams without one.
+    """
+
+    def __init__(self, config: EchoConfig, model: CausalDiT, memory: EvolvingMemory | None) -> None:
+        s = config.sampler
+        self.config, self.model, self.memory = config, model, memory
+        self.device, self.dtype = model.head.head.weight.device, model.head.head.weight.dtype
+        self.schedule = FlowSchedule(s.shift)
+        self.timesteps = self.schedule.warp(s.steps) if s.warp else [float(t) for t in s.steps]
+        self.geometry = Geometry(config, self.device)
+        self._levels: dict[float, Conditioning] = {}
+
+    def level(self, t: float) -> Conditioning:
+        """Return the conditioning of timestep ``t``, computed once."""
+        if t not in self._levels:
+            self._levels[t] = self.model.condition(torch.full((1, 1), t, device=self.device))
+        return self._levels[t]
+
+
+class BlockSampler:
+    """One stream of latent blocks (or a batch of streams in step); work and memory per block never grow.
+
+    Args:
+        generator: weights and tables.
+        text: per layer K/V of the prompt, from :meth:`CausalDiT.encode_text`.
+        noise: where noise comes from; see :mod:`echo_infinity.noise`.
+        batch: ``B``.
+        memory_dtype: of the memory state; default the weights'.
+
+    Source: docs/method.md section 5.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        text: list[KV],
+        noise: Noise,
+        batch: int = 1,
+        memory_dtype: torch.dtype | None = None,
+    ) -> None:
+        config = generator.config
+        self.generator, self.text, self.noise, self.batch = generator, text, noise, batch
+        self.frame = 0
+        self.cache = RingKV(config, batch, generator.dtype, generator.device)
+        self.memory = (
+            None if generator.memory is None else StreamMemory(generator.memory, config, batch, memory_dtype)
+        )
+        m, w = config.model, config.window
+        self._shape = (batch, w.frames_per_block, m.latent_channels, config.latent_rows, config.latent_columns)
+        # The last frames' latents, for re-caching under another prompt: frame f in slot f % window_frames.
+        self.window = torch.zeros(batch, w.window_frames, *self._shape[2:], device=generator.device)
+
+    @property
+    def block(self) -> int:
+        """Number of the next block."""
+        return self.frame // self._shape[1]
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield latent blocks ``(B, F, C, h, w)`` float32 for ever."""
+        while True:
+            yield self.next_block()
+
+    @torch.inference_mode()
+    def next_block(self) -> Tensor:
+        """Denoise the next block, write the memory, run the context pass.
+
+        Returns:
+            ``(B, F, C, h, w)`` float32 clean latents.
+
+        Raises:
+            NonFiniteError: the block holds NaN or Inf; the stream is where it was before the block, but its window
+                and memory may be spoilt: resume from the last saved state.
+        """
+        g = self.generator
+        call = self._call(self.frame, self._shape[1])
+        x = self._draw(0)
+        if self.memory is not None:
+            self.memory.prepare(self.cache, call)
+        for i, t in enumerate(g.timesteps):
+            flow = self._flow(x, t, call)
+            if i == 0 and self.memory is not None:
+                self.memory.publish()
+            x = self._step(x, flow, i)
+        if not torch.isfinite(x).all():
+            raise NonFiniteError(
+                f"block {self.block} holds NaN or Inf after denoising; resume from the last saved state, "
+                "in float32 if the stream ran in a narrower dtype"
+            )
+        self._flow(x, 0.0, call, output=False)
+        self._remember(x)
+        return x
+
+    @torch.inference_mode()
+    def observe(self, latents: Tensor) -> None:
+        """Take a block as given instead of generating it: memory write and context pass on ``(B, F, C, h, w)``.
+
+        Raises:
+            ValueError: not one block of this stream's shape.
+        """
+        if latents.shape != self._shape:
+            raise ValueError(f"a block of this stream is {self._shape}, got {tuple(latents.shape)}")
+        call = self._call(self.frame, self._shape[1])
+        if self.memory is not None:
+            self.memory.prepare(self.cache, call)
+            self.memory.publish()
+        self._flow(latents.float(), 0.0, call, output=False)
+        self._remember(latents)
+
+    @torch.inference_mode()
+    def switch(self, text: list[KV], *, global_sink: bool = True, memory_recache: bool = False) -> Tensor | None:
+        """Change the prompt at the coming block: re-cache the window's K/V under the new text.
+
+        Args:
+            text: per layer K/V of the new prompt.
+            global_sink: keep the sink's K/V; otherwise they are recomputed too (past the window, from its own first
+                frames, as the public code does).
+            memory_recache: start the memory over with one write of all local frames; before the first eviction the
+                memory is left as it is, inactive, since its ids are only valid once the window is full.
+
+        Returns:
+            Flow ``(B, N, C, h, w)`` of the re-cache call, or None at frame 0 where there is nothing to re-cache.
+
+        Source: docs/method.md section 6.
+        """
+        self.text = text
+        if self.frame == 0:
+            return None
+        w = self.generator.config.window
+        saved = None
+        if self.frame <= w.window_frames:  # all frames so far, the sink among them
+            call = self._call(0, self.frame)
+            saved = self.cache.copy_sink() if global_sink else None
+        elif global_sink:
+            call = self._call(self.frame - w.local_frames, w.local_frames)
+        else:
+            call = self._call(self.frame - w.window_frames, w.window_frames, sink_ids=False)
+        flow = self._flow(self._recent(call.frames), 0.0, call)
+        if saved is not None:
+            self.cache.restore_sink(saved)
+        if memory_recache and self.memory is not None and self.memory.active:
+            self.memory.rewrite(self.cache.local(self.frame), self.cache)
+        return flow
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that a later block depends on, by name; with ``frame`` and the text they are the stream."""
+        named = {f"cache.{name}": x for name, x in self.cache.tensors().items()} | {"window": self.window}
+        return named if self.memory is None else named | {f"memory.{k}": x for k, x in self.memory.tensors().items()}
+
+    def _remember(self, latents: Tensor) -> None:
+        for i in range(latents.shape[1]):
+            self.window[:, (self.frame + i) % self.window.shape[1]] = latents[:, i]
+        self.frame += latents.shape[1]
+
+    def _recent(self, frames: int) -> Tensor:
+        """Clean latents of the last ``frames`` frames, oldest first."""
+        return self.window[:, [f % self.window.shape[1] for f in range(self.frame - frames, self.frame)]]
+
+    def _call(self, start: int, frames: int, *, sink_ids: bool = True) -> Call:
+        memory_frames = 0 if self.memory is None else self.memory.module.config.frames
+        return self.generator.geometry.call(start, frames, memory_frames=memory_frames, sink_ids=sink_ids)
+
+    def _flow(self, x: Tensor, t: float, call: Call, *, output: bool = True) -> Tensor | None:
+        g = self.generator
+        memory = None if self.memory is None else self.memory.read(call)
+        flow = g.model(x, g.level(t), self.text, self.cache, call, memory, output=output)
+        return None if flow is None else flow.to(x.dtype)
+
+    def _step(self, x: Tensor, flow: Tensor, i: int) -> Tensor:
+        g = self.generator
+        t = g.timesteps[i]
+        if i + 1 == len(g.timesteps):
+            return g.schedule.to_x0(x, flow, t)
+        after = g.timesteps[i + 1]
+        if g.config.sampler.solver == "euler":
+            return x + (g.schedule.sigma(after) - g.schedule.sigma(t)) * flow
+        return g.schedule.add_noise(g.schedule.to_x0(x, flow, t), self._draw(i + 1), after)
+
+    def _draw(self, step: int) -> Tensor:
+        return self.noise(self.block, step, self._shape).to(self.generator.device)
