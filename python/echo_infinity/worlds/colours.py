@@ -14,7 +14,7 @@ OBJECT_COLOURS: dict[str, tuple[int, int, int]] = {
     "cyan": (20, 215, 225),
     "blue": (35, 55, 225),
     "magenta": (200, 20, 200),
-    "pink": (255, 170, 215),
+    "pink": (255, 140, 200),
 }
 COLOUR_NAMES: tuple[str, ...] = tuple(OBJECT_COLOURS)
 

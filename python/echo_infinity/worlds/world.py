@@ -160,15 +160,15 @@ class World:
         return torch.from_numpy(np.zeros(count) if self.schedule is None else closedness(self.schedule, frames))
 
     def masks(self, frame: int) -> torch.Tensor:
-        """Return the pixels at which each object is what one sees (at least half covered by it).
+        """Return the pixels that show each object and nothing else (soft edges, less than 90 % covered, left out).
 
         Returns:
             ``(n_objects, 64, 64)`` bool; no pixel belongs to two objects.
         """
-        full = self._coverage(frame) >= 0.5
-        visible = full.copy()
+        cover = self._coverage(frame)
+        visible = cover >= 0.9
         for i in range(len(self.objects)):
-            visible[i] &= ~full[i + 1 :].any(0)
+            visible[i] &= (cover[i + 1 :] < 0.1).all(0)
         if self.schedule is not None:
             left, right = curtain_edges(closedness(self.schedule, _frames(frame, 1)))
             column = np.arange(SIZE)
@@ -179,10 +179,10 @@ class World:
         """Return what is known of every object at a frame, in sight or not."""
         seen = self.masks(frame).flatten(1).sum(1).tolist()
         result = []
-        for spec, pixels in zip(self.objects, seen):
+        for spec, pixels in zip(self.objects, seen, strict=True):
             x, y = centres(spec, self.kind, self.schedule, _frames(frame, 1))[0]
             middle = np.array([[SIZE / 2, SIZE / 2]])
-            whole = int((object_coverage(spec, middle).dense() >= 0.5).sum())
+            whole = int((object_coverage(spec, middle).dense() >= 0.9).sum())
             share = min(1.0, pixels / whole)
             result.append(ObjectTruth(spec.colour, spec.shape, (float(x), float(y)), spec.radius, share))
         return result

@@ -1,0 +1,270 @@
+"""A cache of encoded clips for training the generator, with what is in sight in every block."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ..codec import Codec, to_unit
+from ..worlds import World, block_start
+from ..worlds.curtain import FRAMES_PER_BLOCK
+
+Odds = tuple[tuple[int, float], ...]
+LOCAL_BLOCKS = 3  # the local window, 9 latent frames, the current block included
+
+
+@dataclass(frozen=True)
+class ClipMix:
+    """What the clips show. ``Odds`` are pairs (number of blocks, weight).
+
+    Args:
+        curtain, random_curtain, path, open: weights of the kinds: curtain aligned to blocks, curtain with random
+            durations, objects that leave along a path, objects that stay.
+        unnamed: share of prompts that don't name the objects, by kind alike.
+        wait: closed blocks at the start (block 0 holds the sink frames).
+        sight: open blocks the first time.
+        absence: closed blocks between sights. 2 is the least: the objects have then just left the local window.
+        return_sight: open blocks every later time.
+    """
+
+    curtain: float = 0.7
+    random_curtain: float = 0.1
+    path: float = 0.1
+    open: float = 0.1
+    unnamed: float = 0.75
+    wait: Odds = ((1, 0.7), (2, 0.3))
+    sight: Odds = ((1, 0.5), (2, 0.5))
+    absence: Odds = ((2, 0.55), (3, 0.35), (4, 0.1))
+    return_sight: Odds = ((2, 0.75), (3, 0.25))
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float):
+                if value < 0:
+                    raise ValueError(f"{field.name} must not be negative, got {value}")
+            elif not value or any(blocks < 1 or weight < 0 for blocks, weight in value):
+                raise ValueError(f"{field.name} must be pairs (blocks >= 1, weight >= 0), got {value}")
+        if min(blocks for blocks, _ in self.absence) < LOCAL_BLOCKS - 1:
+            raise ValueError(
+                f"absence {self.absence} is shorter than {LOCAL_BLOCKS - 1} blocks: the objects would still be in "
+                "the local window when the curtain opens"
+            )
+
+
+SHORT_ABSENCE = ClipMix()
+LONG_ABSENCE = ClipMix(absence=((2, 0.2), (3, 0.25), (4, 0.25), (5, 0.15), (6, 0.15)))
+
+
+@dataclass(frozen=True)
+class Clips:
+    """A cache in memory.
+
+    ``latents`` is ``(N, F, C, h, w)`` float16, normalised. The others are ``(N, F / 3)`` bool: ``closed`` the curtain is closed
+    all through the block; ``sighted`` an object shows; ``first_open`` an object shows for the first time; ``reappear``
+    an object shows that showed once, but in none of the frames of the local window before this block.
+    ``clips`` holds, per clip, what ``clip_world`` needs.
+    """
+
+    latents: Tensor
+    closed: Tensor
+    sighted: Tensor
+    first_open: Tensor
+    reappear: Tensor
+    prompts: list[str]
+    clips: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def draw_clip(seed: int, blocks: int, mix: ClipMix) -> dict[str, Any]:
+    """Return the recipe of clip number ``seed``: kind, schedule and whether the prompt names the objects."""
+    rng = np.random.default_rng([seed, 3])
+    kinds = ("curtain", "random_curtain", "path", "open")
+    weights = np.array([getattr(mix, kind) for kind in kinds])
+    kind = kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))]
+    recipe: dict[str, Any] = {"seed": seed, "kind": "curtain" if kind == "random_curtain" else kind}
+    recipe["name_objects"] = bool(rng.random() >= mix.unnamed)
+    recipe["curtain_blocks"] = None
+    if kind == "curtain":
+        closed = [True] * _draw(rng, mix.wait) + [False] * _draw(rng, mix.sight)
+        while len(closed) < blocks:
+            closed += [True] * _draw(rng, mix.absence) + [False] * _draw(rng, mix.return_sight)
+        recipe["curtain_blocks"] = closed  # past the clip's end too, so that the last timer tells the truth
+    return recipe
+
+
+def clip_world(recipe: dict[str, Any]) -> World:
+    """Return the world a clip was rendered from, for its truth."""
+    return World.from_seed(recipe["seed"], recipe["kind"], recipe["name_objects"], recipe["curtain_blocks"])
+
+
+def annotate(world: World, blocks: int) -> dict[str, Tensor]:
+    """Return the clip's ``closed``, ``sighted``, ``first_open`` and ``reappear``, each ``(blocks,)`` bool."""
+    count = block_start(blocks)
+    starts = [block_start(b) for b in range(blocks + 1)]
+    shown = world.in_sight(0, count)
+    curtain = world.curtains(0, count) >= 1
+    seen = torch.stack([shown[a:b].any(0) for a, b in zip(starts, starts[1:], strict=False)])  # (blocks, objects)
+    before = torch.zeros_like(seen)
+    first, again = torch.zeros(blocks, dtype=torch.bool), torch.zeros(blocks, dtype=torch.bool)
+    for b in range(blocks):
+        window = max(0, b - LOCAL_BLOCKS + 1)
+        before[b] = seen[:window].any(0)
+        first[b] = (seen[b] & ~seen[:b].any(0)).any()
+        again[b] = (seen[b] & before[b] & ~seen[window:b].any(0)).any()
+    closed = torch.stack([curtain[a:b].all() for a, b in zip(starts, starts[1:], strict=False)])
+    return {"closed": closed, "sighted": seen.any(1), "first_open": first, "reappear": again}
+
+
+def build_clips(
+    codec: Codec,
+    out_dir: str | os.PathLike[str],
+    count: int,
+    latent_frames: int,
+    seed: int = 0,
+    mix: ClipMix = SHORT_ABSENCE,
+    shard: int = 256,
+    batch: int = 4,
+    progress: bool = True,
+) -> Path:
+    """Render, encode and write ``count`` clips; finished shards are kept, so a broken run goes on where it was.
+
+    Args:
+        codec: in evaluation mode.
+        out_dir: folder of ``shard-00000.safetensors`` and so on; usable by ``load_clips`` while it fills.
+        count: number of clips.
+        latent_frames: latents a clip, a multiple of 3.
+        seed: first part of every clip's seed; other seeds give other clips.
+        mix: what the clips show.
+        shard: clips a file.
+        batch: clips encoded at once.
+        progress: whether to show a progress bar.
+
+    Returns:
+        ``out_dir``.
+
+    Raises:
+        ValueError: ``latent_frames`` is no multiple of 3, or the folder holds clips of other settings.
+    """
+    if latent_frames < FRAMES_PER_BLOCK or latent_frames % FRAMES_PER_BLOCK:
+        raise ValueError(f"latent_frames must be a multiple of {FRAMES_PER_BLOCK}, got {latent_frames}")
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    settings = json.dumps({"latent_frames": latent_frames, "seed": seed, "shard": shard, "mix": asdict(mix)})
+    note = out / "settings.json"
+    if note.is_file() and note.read_text() != settings:
+        raise ValueError(f"{out} holds clips of {note.read_text()}, not of {settings}; use another folder")
+    note.write_text(settings)
+    device = codec.latent_mean.device
+    bar = tqdm(total=count, desc="clips", mininterval=2.0, disable=not progress)
+    for index, first in enumerate(range(0, count, shard)):
+        size = min(shard, count - first)
+        path = out / f"shard-{index:05d}.safetensors"
+        if not path.is_file() or _shard_size(path) < size:
+            clips = range(first, first + size)
+            _write_shard(path, _encode(codec, clips, latent_frames, seed, mix, batch, device, bar))
+        else:
+            bar.update(size)
+    bar.close()
+    return out
+
+
+def load_clips(path: str | os.PathLike[str], limit: int | None = None) -> Clips:
+    """Return the clips a folder holds by now, at most ``limit`` of them.
+
+    Raises:
+        ValueError: the folder holds no clips, or a shard can't be read.
+    """
+    parts: list[dict[str, Tensor]] = []
+    recipes: list[dict[str, Any]] = []
+    for file_path in sorted(Path(path).glob("shard-*.safetensors")):
+        if limit is not None and len(recipes) >= limit:
+            break
+        try:
+            with safe_open(file_path, "pt") as file:
+                recipes += json.loads(file.metadata()["clips"])
+                parts.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"{file_path} can't be read ({error}); delete it and build the clips again") from error
+    if not parts:
+        raise ValueError(f"no clips in {path}; build them with 'echo-infinity train clips'")
+    tensors = {name: torch.cat([part[name] for part in parts])[:limit] for name in parts[0]}
+    recipes = recipes[:limit]
+    return Clips(**tensors, prompts=[recipe["prompt"] for recipe in recipes], clips=recipes)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``echo-infinity train clips``."""
+    parser.add_argument("--codec", type=Path, required=True, help="the codec's safetensors file")
+    parser.add_argument("--out", type=Path, default=Path("runs/clips"), help="folder of the clips")
+    parser.add_argument("--count", type=int, default=3072)
+    parser.add_argument("--latent-frames", type=int, default=33, help="latents a clip, a multiple of 3")
+    parser.add_argument("--absence", choices=("short", "long"), default="short", help="2-4 or 2-6 blocks out of sight")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build the cache the options describe; return the exit code."""
+    mix = SHORT_ABSENCE if args.absence == "short" else LONG_ABSENCE
+    build_clips(Codec.load(args.codec), args.out, args.count, args.latent_frames, args.seed, mix)
+    return 0
+
+
+@torch.no_grad()
+def _encode(
+    codec: Codec,
+    clips: range,
+    latent_frames: int,
+    seed: int,
+    mix: ClipMix,
+    batch: int,
+    device: torch.device,
+    bar: tqdm,
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    blocks = latent_frames // FRAMES_PER_BLOCK
+    latents, marks, recipes = [], [], []
+    for first in range(clips.start, clips.stop, batch):
+        group = [
+            draw_clip((seed + 1 << 32) + i, blocks, mix) for i in range(first, min(first + batch, clips.stop))
+        ]
+        worlds = [clip_world(recipe) for recipe in group]
+        frames = torch.stack([world.render(0, 4 * latent_frames - 3) for world in worlds])
+        latents.append(codec.encode(to_unit(frames).to(device))[0].half().cpu())
+        marks += [annotate(world, blocks) for world in worlds]
+        recipes += [recipe | {"prompt": world.prompt} for recipe, world in zip(group, worlds, strict=True)]
+        bar.update(len(group))
+    tensors = {name: torch.stack([m[name] for m in marks]) for name in marks[0]}
+    return tensors | {"latents": torch.cat(latents)}, recipes
+
+
+def _write_shard(path: Path, content: tuple[dict[str, Tensor], Sequence[dict[str, Any]]]) -> None:
+    partial = path.with_suffix(".partial")
+    save_file(content[0], partial, metadata={"clips": json.dumps(content[1])})
+    os.replace(partial, path)
+
+
+def _shard_size(path: Path) -> int:
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_slice("latents").get_shape()[0]
+    except SafetensorError:
+        return 0
+
+
+def _draw(rng: np.random.Generator, odds: Odds) -> int:
+    weights = np.array([weight for _, weight in odds])
+    return odds[int(rng.choice(len(odds), p=weights / weights.sum()))][0]
