@@ -12,6 +12,7 @@ __all__ = [
     "Track",
     "fragment",
     "length_prefixed",
+    "nal_units",
     "parse_fragment",
     "parse_init",
     "set_frame_duration",
@@ -91,11 +92,15 @@ def set_frame_duration(init: bytes, fps: int) -> bytes:
     return init[:at] + struct.pack(">I", track.timescale // fps) + init[at + 4 :]
 
 
+def nal_units(annex_b: bytes) -> list[bytes]:
+    """Split NAL units at their start codes (ISO/IEC 14496-10, annex B)."""
+    # A NAL unit never holds a start code nor ends in a zero byte, so splitting is exact.
+    return _START_CODE.split(annex_b)[1:]
+
+
 def length_prefixed(annex_b: bytes) -> bytes:
     """Turn start-code separated NAL units into the length-prefixed form that mp4 stores."""
-    # A NAL unit never holds a start code nor ends in a zero byte, so splitting is exact.
-    units = _START_CODE.split(annex_b)[1:]
-    return b"".join(part for unit in units for part in (struct.pack(">I", len(unit)), unit))
+    return b"".join(part for unit in nal_units(annex_b) for part in (struct.pack(">I", len(unit)), unit))
 
 
 def fragment(sequence: int, start: int, samples: list[tuple[bytes, bool]]) -> bytes:

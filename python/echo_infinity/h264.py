@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from fractions import Fraction
 
 import av
 import numpy as np
+from av.codec.context import Flags
+from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
-from .fmp4 import length_prefixed, set_frame_duration
+from .fmp4 import length_prefixed, nal_units, set_frame_duration
 
 __all__ = ["H264Encoder"]
 
 _BT709 = 1
 _LIMITED_RANGE = 1
 _KEYFRAME_SECONDS = 3
+_MOVFLAGS = "empty_moov+default_base_moof+use_metadata_tags"
 
 
 class H264Encoder:
@@ -46,27 +50,24 @@ class H264Encoder:
         Raises:
             av.FFmpegError: libx264 is missing or refuses the settings.
         """
-        head = io.BytesIO()
-        # libavformat only writes the init segment here; it would keep an index that grows with every fragment.
-        self._muxer = av.open(
-            head,
-            "w",
-            format="mp4",
-            options={"movflags": "empty_moov+default_base_moof+use_metadata_tags", "use_editlist": "0"},
-        )
-        self._muxer.metadata.update({key: str(value) for key, value in metadata.items()})
         # zerolatency means no B-frames and no lookahead: nothing is inside the encoder when a position is taken.
         options = {"preset": preset, "tune": "zerolatency", "crf": str(crf)}
-        stream = self._muxer.add_stream("libx264", rate=fps, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        context = stream.codec_context
-        context.gop_size = _KEYFRAME_SECONDS * fps
-        context.thread_count = threads
-        context.colorspace = context.color_primaries = context.color_trc = _BT709
-        context.color_range = _LIMITED_RANGE
-        self._muxer.start_encoding()
-        self.init = set_frame_duration(head.getvalue(), fps)
-        self._context = context
+        self._context = av.CodecContext.create("libx264", "w")
+        self._context.options = options
+        self._context.framerate, self._context.time_base = Fraction(fps), Fraction(1, fps)
+        _set_picture(self._context, width, height, fps, threads)
+        self._context.flags |= Flags.global_header
+        self._context.open()
+        head = io.BytesIO()
+        # libavformat writes the init segment and no more: it would keep an index that grows with every fragment.
+        with av.open(head, "w", format="mp4", options={"movflags": _MOVFLAGS, "use_editlist": "0"}) as muxer:
+            muxer.metadata.update({key: str(value) for key, value in metadata.items()})
+            stream = muxer.add_stream("libx264", rate=fps, options=options)
+            _set_picture(stream.codec_context, width, height, fps, threads)
+            muxer.start_encoding()
+            self.init = set_frame_duration(head.getvalue(), fps)
+        if not all(unit in self.init for unit in nal_units(self._context.extradata or b"")):
+            raise RuntimeError("two encoders with the same settings gave different H.264 parameter sets")
         self._reformatter = VideoReformatter()
         self._threads = threads
         self._count = 0
@@ -96,3 +97,11 @@ class H264Encoder:
         if len(packets) != 1:
             raise RuntimeError(f"the H.264 encoder gave {len(packets)} packets for one frame, expected 1")
         return length_prefixed(bytes(packets[0])), packets[0].is_keyframe
+
+
+def _set_picture(context: VideoCodecContext, width: int, height: int, fps: int, threads: int) -> None:
+    context.width, context.height, context.pix_fmt = width, height, "yuv420p"
+    context.gop_size = _KEYFRAME_SECONDS * fps
+    context.thread_count = threads
+    context.colorspace = context.color_primaries = context.color_trc = _BT709
+    context.color_range = _LIMITED_RANGE
