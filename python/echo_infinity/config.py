@@ -191,12 +191,12 @@ def preset(name: str) -> EchoConfig:
     Raises:
         ValueError: unknown name; lists the known ones.
     """
-    if name not in _PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(_PRESETS)}")
-    return _PRESETS[name]
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
-_PRESETS = {
+PRESETS = {
     "tiny": EchoConfig(
         name="tiny",
         model=ModelConfig(

@@ -171,10 +171,20 @@ class Block(nn.Module):
         output: bool = True,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        y = self.self_attn(modulate(x, shift1, scale1, self.eps), cache, layer, call, memory, output=output)
-        if y is None:
-            return x
-        x = gated_add(x, y, gate1)
+        attn = self.self_attn
+        q, k, v = self.project(x, shift1, scale1)
+        y = cache.attend(layer, q, k, v, (attn.norm_q.weight, attn.norm_k.weight), call, memory, output=output)
+        return x if y is None else self.finish(x, y, gate1, text, shift2, scale2, gate2)
+
+    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Everything before attention: queries, keys and values ``(B, T, H, d)``, before norm and rotation."""
+        return self.self_attn.project(modulate(x, shift, scale, self.eps))
+
+    def finish(
+        self, x: Tensor, y: Tensor, gate1: Tensor, text: KV, shift2: Tensor, scale2: Tensor, gate2: Tensor
+    ) -> Tensor:
+        """Everything after attention, whose output ``y`` is ``(B, T, H, d)``."""
+        x = gated_add(x, self.self_attn.o(y.flatten(-2)), gate1)
         x = x + self.cross_attn(self.norm3(x), text)
         return gated_add(x, self.ffn(modulate(x, shift2, scale2, self.eps)), gate2)
 
@@ -190,13 +200,10 @@ class SelfAttention(nn.Module):
         self.norm_q = nn.RMSNorm(d, eps=config.eps)
         self.norm_k = nn.RMSNorm(d, eps=config.eps)
 
-    def forward(
-        self, x: Tensor, cache: Cache, layer: int, call: Call, memory: KV | None, *, output: bool
-    ) -> Tensor | None:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``(B, T, H, d)`` of ``x`` ``(B, T, D)``."""
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q, self.k, self.v))
-        norms = (self.norm_q.weight, self.norm_k.weight)
-        y = cache.attend(layer, q, k, v, norms, call, memory, output=output)
-        return None if y is None else self.o(y.flatten(-2))
+        return q, k, v
 
 
 class CrossAttention(nn.Module):

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from echo_infinity.codec import Codec
-from echo_infinity.config import EchoConfig, preset
+from echo_infinity.config import PRESETS, EchoConfig
 from echo_infinity.memory import EvolvingMemory
 from echo_infinity.model import CausalDiT
 from echo_infinity.text import GrammarText
@@ -52,11 +52,8 @@ def find(name_or_folder: str | os.PathLike[str]) -> Path:
     names = ", ".join(sorted(p.parent.name for p in bundled.glob(f"*/{CONFIG}"))) or "none"
     if folder.is_dir():
         raise ValueError(f"{folder} holds no {CONFIG}: not a model folder")
-    with contextlib.suppress(ValueError):
-        preset(str(name_or_folder))
-        raise ValueError(
-            f"preset {str(name_or_folder)!r} ships without weights; give the folder of a checkpoint. Bundled: {names}"
-        )
+    if str(name_or_folder) in PRESETS:
+        raise ValueError(f"preset {name_or_folder} ships without weights: give a checkpoint's folder. Bundled: {names}")
     raise ValueError(f"no model {str(name_or_folder)!r}: neither a bundled one ({names}) nor a folder")
 
 

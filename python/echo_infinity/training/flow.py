@@ -1,0 +1,315 @@
+"""Train the generator and its memory by flow matching on streamed clips: the window slides, evicted frames are
+written, later blocks read them, and gradients go back through the memory across blocks."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from echo_infinity.cache import Geometry
+from echo_infinity.codec import Codec
+from echo_infinity.config import EchoConfig, preset
+from echo_infinity.functional import FunctionalKV
+from echo_infinity.memory import EvolvingMemory
+from echo_infinity.model import CausalDiT
+from echo_infinity.recall import StreamMemory
+from echo_infinity.text import GrammarText
+from echo_infinity.training.clips import Clips, load_clips
+from echo_infinity.training.plots import plot_lines
+from echo_infinity.weights import find, load_checkpoint, load_parts, read_tensors, save_checkpoint, text_metadata
+from echo_infinity.weights import write_tensors
+from echo_infinity.worlds import VOCABULARY
+
+GROUPS = ("reappear", "first_open", "sighted", "closed")
+
+
+@dataclass(frozen=True)
+class FlowTraining:
+    """Settings of a training run.
+
+    Args:
+        steps: length of the run.
+        batch: clips a step.
+        blocks: blocks of a clip that are used, from its start.
+        rate: peak learning rate of the DiT and the text embedding.
+        memory_rate: the memory's rate as a multiple of ``rate``.
+        warmup: steps of linear warm-up; cosine to a tenth of the rate follows.
+        reappear_weight: weight of blocks in which objects come back; only memory can lower their loss.
+        reappear_noise: least ``u`` (noise level before the shift) in those blocks.
+        shift: of the training noise levels.
+        context_noise: largest standard deviation of noise on the clean latents that a context pass caches.
+        own_context: share of context passes that cache the model's own prediction instead of the truth.
+        ema: decay of the averaged weights, which are the ones saved.
+        seed: of weights, clips and noise.
+        memory: False trains without memory.
+    """
+
+    steps: int = 2000
+    batch: int = 24
+    blocks: int = 9
+    rate: float = 1e-3
+    memory_rate: float = 3.0
+    warmup: int = 50
+    reappear_weight: float = 5.0
+    reappear_noise: float = 0.6
+    shift: float = 3.0
+    context_noise: float = 0.1
+    own_context: float = 0.0
+    ema: float = 0.995
+    seed: int = 0
+    memory: bool = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``echo-infinity train flow``."""
+    parser.add_argument("--clips", type=Path, default=Path("runs/clips"), help="folder made by 'train clips'")
+    parser.add_argument("--codec", type=Path, default=Path("runs/codec/codec.safetensors"))
+    parser.add_argument("--out", type=Path, default=Path("runs/flow"), help="folder of checkpoint, log and model")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--init", default=None, help="model name or folder to start from")
+    parser.add_argument("--restart", action="store_true", help="ignore the checkpoint in --out")
+    for field in fields(FlowTraining):
+        name = "--" + field.name.replace("_", "-")
+        if isinstance(field.default, bool):
+            parser.add_argument(f"--no-{field.name}", dest=field.name, action="store_false")
+        else:
+            parser.add_argument(name, type=type(field.default), default=field.default)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train (or go on training) as the options say; return the exit code."""
+    settings = FlowTraining(**{f.name: getattr(args, f.name) for f in fields(FlowTraining)})
+    config = preset(args.preset)
+    if not settings.memory:
+        config = replace(config, memory=None)
+    trainer = FlowTrainer(settings, config, load_clips(args.clips), args.out)
+    if args.restart or not trainer.resume():
+        if args.init is not None:
+            trainer.start_from(args.init)
+    done = trainer.train()
+    trainer.export(Codec.load(args.codec))
+    if not done:
+        print(f"stopped at step {trainer.step}; the same command goes on from {trainer.checkpoint}")  # noqa: T201
+        return 130
+    return 0
+
+
+class FlowTrainer:
+    """A generator, its averaged weights, its optimiser and its place in the run.
+
+    Args:
+        settings: of the run.
+        config: geometry.
+        clips: encoded clips, from :func:`load_clips`.
+        out: folder of ``checkpoint.safetensors``, ``log.csv``, ``loss.png`` and ``model/``.
+    """
+
+    def __init__(self, settings: FlowTraining, config: EchoConfig, clips: Clips, out: Path) -> None:
+        self.settings, self.config, self.clips, self.out, self.step = settings, config, clips, Path(out), 0
+        torch.manual_seed(settings.seed)
+        self.model = CausalDiT(config.model)
+        nn.init.zeros_(self.model.head.head.weight)
+        self.memory = None if config.memory is None else EvolvingMemory(config.memory)
+        self.text = GrammarText(VOCABULARY, config.model.text_tokens, config.model.text_width)
+        self.geometry = Geometry(config)
+        self.words = [self.text.tokenise(prompt) for prompt in clips.prompts]
+        self.averaged = {name: x.detach().clone() for name, x in self.parameters()}
+        rest = [x for name, x in self.parameters() if not name.startswith("memory.")]
+        groups = [{"params": rest, "factor": 1.0}]
+        if self.memory is not None:
+            groups.append({"params": list(self.memory.parameters()), "factor": settings.memory_rate})
+        self.optimiser = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.log: list[dict[str, float]] = []
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run is kept."""
+        return self.out / "checkpoint.safetensors"
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The trained parts by name."""
+        parts: dict[str, nn.Module] = {"model": self.model, "text": self.text}
+        return parts if self.memory is None else parts | {"memory": self.memory}
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every trained parameter with its part's name in front."""
+        for part, module in self.modules().items():
+            for name, x in module.named_parameters():
+                yield f"{part}.{name}", x
+
+    def start_from(self, name_or_folder: str) -> None:
+        """Take the weights of a model; parts it lacks keep their fresh start."""
+        loaded = load_checkpoint(name_or_folder)
+        self.model.load_state_dict(loaded.model.state_dict())
+        self.text.load_state_dict(loaded.text.state_dict())
+        if self.memory is not None and loaded.memory is not None:
+            self.memory.load_state_dict(loaded.memory.state_dict())
+        self.averaged = {name: x.detach().clone() for name, x in self.parameters()}
+
+    def train(self, until: int | None = None, save_every: int = 100) -> bool:
+        """Take steps up to ``until`` (by default all); save now and then, at the end and on Ctrl-C.
+
+        Returns:
+            Whether the run went through.
+        """
+        until = self.settings.steps if until is None else until
+        bar = tqdm(total=until, initial=self.step, desc="flow", mininterval=5.0)
+        try:
+            while self.step < until:
+                row = self.take_step()
+                self.log.append(row)
+                bar.update()
+                bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", *GROUPS) if k in row}, refresh=False)
+                if self.step % save_every == 0:
+                    self.save()
+        except KeyboardInterrupt:
+            return False
+        finally:
+            bar.close()
+            self.save()
+        return True
+
+    def take_step(self) -> dict[str, float]:
+        """Draw a batch, go forward through its blocks, backward through all of them, and step."""
+        s, began = self.settings, time.perf_counter()
+        generator = torch.Generator().manual_seed((s.seed << 32) + self.step)
+        warm = min(1.0, (self.step + 1) / s.warmup)
+        cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / s.steps)))
+        for group in self.optimiser.param_groups:
+            group["lr"] = s.rate * warm * cosine * group["factor"]
+        index = torch.randint(len(self.clips), (s.batch,), generator=generator)
+        loss, parts = self.loss(index, generator)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_([x for _, x in self.parameters()], 1.0)
+        self.optimiser.step()
+        self.step += 1
+        decay = min(s.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            names, values = zip(*self.parameters(), strict=True)
+            torch._foreach_lerp_([self.averaged[name] for name in names], list(values), 1 - decay)
+        seconds = time.perf_counter() - began
+        return {"step": self.step, "loss": loss.item(), **parts, "grad_norm": norm.item(), "seconds": seconds}
+
+    def loss(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Flow-matching loss of the clips ``index`` ``(B,)``, streamed block by block.
+
+        Returns:
+            The weighted mean over blocks, and the plain loss of each group of blocks in :data:`GROUPS`.
+        """
+        s, per_block = self.settings, self.config.window.frames_per_block
+        latents = self.clips.latents[index, : s.blocks * per_block].float()
+        marks = {name: getattr(self.clips, name)[index] for name in GROUPS}
+        batch = len(index)
+        cache = FunctionalKV(self.config)
+        memory = None if self.memory is None else StreamMemory(self.memory, self.config, batch)
+        memory_frames = 0 if self.memory is None else self.memory.config.frames
+        text = self.model.encode_text(self.text.embed([self.words[i] for i in index.tolist()]))
+        clean = self.model.condition(torch.zeros(1, 1))
+        losses, weights = [], []
+        for block in range(s.blocks):
+            call = self.geometry.call(block * per_block, per_block, memory_frames=memory_frames)
+            if memory is not None:
+                # The state that all calls of a block but its first see.
+                memory.prepare(cache, call)
+                memory.publish()
+            read = None if memory is None else memory.read(call)
+            x0 = latents[:, block * per_block : (block + 1) * per_block]
+            u = torch.rand(batch, generator=generator)
+            again = marks["reappear"][:, block]
+            u = torch.where(again, s.reappear_noise + (1 - s.reappear_noise) * u, u)
+            sigma = (s.shift * u / (1 + (s.shift - 1) * u))[:, None, None, None, None]
+            noise = torch.randn(x0.shape, generator=generator)
+            x_t = (1 - sigma) * x0 + sigma * noise
+            flow = self.model(x_t, self.model.condition(1000 * sigma.view(batch, 1)), text, cache, call, read)
+            losses.append((flow - (noise - x0)).square().mean(dim=(1, 2, 3, 4)))
+            weights.append(torch.where(again, s.reappear_weight, 1.0))
+            with torch.no_grad():
+                context = self._context(x0, x_t - sigma * flow.detach(), sigma, generator)
+                self.model(context, clean, text, cache, call, read, output=False)
+        loss, weight = torch.stack(losses, 1), torch.stack(weights, 1)  # (B, blocks)
+        parts = {}
+        for name in GROUPS:
+            mask = marks[name][:, : s.blocks]
+            if mask.any():
+                parts[name] = loss.detach()[mask].mean().item()
+        return (loss * weight).sum() / weight.sum(), parts
+
+    def _context(self, x0: Tensor, predicted: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+        """Latents for a context pass: noisy truth, or the model's own prediction, as it will meet in a rollout."""
+        s = self.settings
+        level = s.context_noise * torch.rand(sigma.shape, generator=generator)
+        noisy = x0 + level * torch.randn(x0.shape, generator=generator)
+        own = (torch.rand(sigma.shape, generator=generator) < s.own_context) & (sigma < 0.8)
+        return torch.where(own, predicted, noisy)
+
+    def save(self) -> None:
+        """Write weights, averages, optimiser, step, log and plot to ``out``, the checkpoint atomically."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        tensors = {f"weights.{name}": x.detach() for name, x in self.parameters()}
+        tensors |= {f"averaged.{name}": x for name, x in self.averaged.items()}
+        for i, entry in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{name}": x for name, x in entry.items()}
+        metadata = {"settings": json.dumps(asdict(self.settings)), "config": self.config.to_json()}
+        metadata |= {"step": str(self.step), "log": json.dumps(self.log)}
+        write_tensors(self.checkpoint, {k: x.contiguous() for k, x in tensors.items()}, metadata)
+        if self.log:
+            columns = ["step", "loss", *GROUPS, "grad_norm", "seconds"]
+            with open(self.out / "log.csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(self.log)
+            plot_lines(self.log, GROUPS, self.out / "loss.png", "flow-matching loss by block")
+
+    def resume(self) -> bool:
+        """Go on from the checkpoint in ``out`` if there is one; says whether there was.
+
+        Raises:
+            ValueError: the checkpoint can't be read, or is of another geometry or other settings than the length.
+        """
+        if not self.checkpoint.is_file():
+            return False
+        metadata = text_metadata(self.checkpoint)
+        old = FlowTraining(**json.loads(metadata["settings"]))
+        if replace(old, steps=self.settings.steps) != self.settings:
+            raise ValueError(f"{self.checkpoint} was made with {old}; use the same settings or --restart")
+        if metadata["config"] != self.config.to_json():
+            raise ValueError(f"{self.checkpoint} is of another geometry; use another --out or --restart")
+        tensors = read_tensors(self.checkpoint)
+        weights = {name.removeprefix("weights."): x for name, x in tensors.items() if name.startswith("weights.")}
+        load_parts({f"{name}.": part for name, part in self.modules().items()}, weights, str(self.checkpoint))
+        self.averaged = {n.removeprefix("averaged."): x for n, x in tensors.items() if n.startswith("averaged.")}
+        adam = self.optimiser.state_dict()
+        for name, x in tensors.items():
+            if name.startswith("adam."):
+                _, i, key = name.split(".")
+                adam["state"].setdefault(int(i), {})[key] = x
+        self.optimiser.load_state_dict(adam)
+        self.step, self.log = int(metadata["step"]), json.loads(metadata["log"])
+        return True
+
+    def export(self, codec: Codec, folder: Path | None = None) -> Path:
+        """Write the averaged weights as a model folder (by default ``out/model``) and return it."""
+        folder = self.out / "model" if folder is None else folder
+        own = {name: x.detach().clone() for name, x in self.parameters()}
+        self._set(self.averaged)
+        try:
+            save_checkpoint(folder, self.config, self.model, self.memory, self.text, codec)
+        finally:
+            self._set(own)
+        return find(folder)
+
+    @torch.no_grad()
+    def _set(self, values: dict[str, Tensor]) -> None:
+        for name, x in self.parameters():
+            x.copy_(values[name])
