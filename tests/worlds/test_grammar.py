@@ -1,11 +1,20 @@
 """The prompts: a closed language that says what a world shows."""
 
 import pytest
+from echo_infinity.worlds import (
+    COLOUR_NAMES,
+    LOOKS,
+    SHAPES,
+    VOCABULARY,
+    Description,
+    NamedObject,
+    World,
+    compose,
+    parse,
+)
+from echo_infinity.worlds.grammar import KINDS, SIZES, SPEEDS
 from hypothesis import given
 from hypothesis import strategies as st
-
-from echo_infinity.worlds import COLOUR_NAMES, LOOKS, SHAPES, VOCABULARY, Description, NamedObject, World, compose, parse
-from echo_infinity.worlds.grammar import KINDS, SIZES, SPEEDS
 
 
 def maybe(choices: tuple[str, ...]) -> st.SearchStrategy[str | None]:
@@ -17,9 +26,9 @@ descriptions = st.builds(
     look=st.sampled_from(tuple(LOOKS)),
     kind=st.sampled_from(KINDS),
     objects=st.none()
-    | st.lists(
-        st.builds(NamedObject, maybe(COLOUR_NAMES), maybe(SHAPES), maybe(SIZES)), min_size=1, max_size=3
-    ).map(tuple),
+    | st.lists(st.builds(NamedObject, maybe(COLOUR_NAMES), maybe(SHAPES), maybe(SIZES)), min_size=1, max_size=3).map(
+        tuple
+    ),
     speed=maybe(SPEEDS),
 )
 

@@ -1,14 +1,15 @@
 """The worlds: pure functions of the frame number, with truth that the pixels bear out."""
 
+import itertools
 import time
 
 import pytest
 import torch
+from echo_infinity.worlds import COLOUR_NAMES, LOOKS, OBJECT_COLOURS, World, block_start, nearest_colour, object_colour
+from echo_infinity.worlds.motion import SINK_FRAMES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_infinity.worlds import COLOUR_NAMES, LOOKS, OBJECT_COLOURS, World, block_start, nearest_colour, object_colour
-from echo_infinity.worlds.motion import SINK_FRAMES
 from tests.numerics import assert_same_bits
 
 LOCAL_PIXEL_FRAMES = 36
@@ -58,7 +59,7 @@ def test_every_absence_outlasts_the_local_window(seed: int, kind: str, far: int)
     shown = World.from_seed(seed, kind).in_sight(far, 600)
     for column in shown.T.tolist():
         sights = [i for i, seen in enumerate(column) if seen]
-        gaps = [b - a - 1 for a, b in zip(sights, sights[1:], strict=False) if b - a > 1]
+        gaps = [b - a - 1 for a, b in itertools.pairwise(sights) if b - a > 1]
         assert gaps, "no absence in 600 frames"
         # An edge column shows while the curtain slides; that is no absence.
         assert min(gaps) >= LOCAL_PIXEL_FRAMES + 12 or kind == "curtain"
@@ -95,7 +96,8 @@ def test_the_curtain_follows_its_block_schedule() -> None:
         assert bool((values >= 1).all()) == is_closed
         assert bool((values >= 1).any()) == is_closed
     assert world.curtain(100_000) == 0.0  # the last block repeats
-    assert world.curtain(block_start(1)) == 0.75 and world.curtain(block_start(1) + 3) == 0.0
+    assert world.curtain(block_start(1)) == 0.75
+    assert world.curtain(block_start(1) + 3) == 0.0
     assert world.curtain(block_start(3) - 1) == 0.75
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -72,9 +73,9 @@ LONG_ABSENCE = ClipMix(absence=((2, 0.2), (3, 0.25), (4, 0.25), (5, 0.15), (6, 0
 class Clips:
     """A cache in memory.
 
-    ``latents`` is ``(N, F, C, h, w)`` float16, normalised. The others are ``(N, F / 3)`` bool: ``closed`` the curtain is closed
-    all through the block; ``sighted`` an object shows; ``first_open`` an object shows for the first time; ``reappear``
-    an object shows that showed once, but in none of the frames of the local window before this block.
+    ``latents`` is ``(N, F, C, h, w)`` float16, normalised. The others are ``(N, F / 3)`` bool: ``closed`` the curtain
+    is closed all through the block; ``sighted`` an object shows; ``first_open`` an object shows for the first time;
+    ``reappear`` an object shows that showed once, but in none of the frames of the local window before this block.
     ``clips`` holds, per clip, what ``clip_world`` needs.
     """
 
@@ -118,7 +119,7 @@ def annotate(world: World, blocks: int) -> dict[str, Tensor]:
     starts = [block_start(b) for b in range(blocks + 1)]
     shown = world.in_sight(0, count)
     curtain = world.curtains(0, count) >= 1
-    seen = torch.stack([shown[a:b].any(0) for a, b in zip(starts, starts[1:], strict=False)])  # (blocks, objects)
+    seen = torch.stack([shown[a:b].any(0) for a, b in itertools.pairwise(starts)])  # (blocks, objects)
     before = torch.zeros_like(seen)
     first, again = torch.zeros(blocks, dtype=torch.bool), torch.zeros(blocks, dtype=torch.bool)
     for b in range(blocks):
@@ -126,7 +127,7 @@ def annotate(world: World, blocks: int) -> dict[str, Tensor]:
         before[b] = seen[:window].any(0)
         first[b] = (seen[b] & ~seen[:b].any(0)).any()
         again[b] = (seen[b] & before[b] & ~seen[window:b].any(0)).any()
-    closed = torch.stack([curtain[a:b].all() for a, b in zip(starts, starts[1:], strict=False)])
+    closed = torch.stack([curtain[a:b].all() for a, b in itertools.pairwise(starts)])
     return {"closed": closed, "sighted": seen.any(1), "first_open": first, "reappear": again}
 
 
@@ -238,9 +239,7 @@ def _encode(
     blocks = latent_frames // FRAMES_PER_BLOCK
     latents, marks, recipes = [], [], []
     for first in range(clips.start, clips.stop, batch):
-        group = [
-            draw_clip((seed + 1 << 32) + i, blocks, mix) for i in range(first, min(first + batch, clips.stop))
-        ]
+        group = [draw_clip((seed + 1 << 32) + i, blocks, mix) for i in range(first, min(first + batch, clips.stop))]
         worlds = [clip_world(recipe) for recipe in group]
         frames = torch.stack([world.render(0, 4 * latent_frames - 3) for world in worlds])
         latents.append(codec.encode(to_unit(frames).to(device))[0].half().cpu())

@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -18,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..codec import Codec, CodecConfig, to_uint8, to_unit
+from ..codec import SPACE_STRIDE, Codec, CodecConfig, to_uint8, to_unit
 from ..worlds import World, nearest_colour
+from ..worlds.motion import SIZE, centres
 
 HELD_OUT = 1 << 20  # worlds with smaller seeds are never trained on
 _KINDS = ("open",) * 9 + ("curtain",) * 7 + ("path",) * 4
@@ -32,6 +34,8 @@ class CodecTraining:
 
     Args:
         steps, batch, latent_frames: length of the run, clips a step, latents a clip.
+        crop, whole_share: side in pixels of the crops, mostly around objects, that all but the last ``whole_share``
+            of the steps train on; the last ones see whole frames, a quarter as many.
         rate, warmup: peak learning rate (cosine to 1 % of it) and its warm-up steps.
         noise: largest standard deviation of the noise added to the unit-variance latents.
         colour_weight: extra weight of vivid pixels, which are the objects.
@@ -40,13 +44,15 @@ class CodecTraining:
         bf16: compute convolutions in bfloat16.
     """
 
-    steps: int = 3000
+    steps: int = 4000
     batch: int = 16
     latent_frames: int = 4
+    crop: int = 32
+    whole_share: float = 0.15
     rate: float = 2e-3
     warmup: int = 100
     noise: float = 0.25
-    colour_weight: float = 2.0
+    colour_weight: float = 3.0
     edge_weight: float = 0.5
     seed: int = 0
     bf16: bool = True
@@ -74,13 +80,13 @@ def run(args: argparse.Namespace) -> int:
     if not args.restart:
         trainer.resume()
     if not trainer.train():
-        print(f"stopped at step {trainer.step}; the same command goes on from {trainer.checkpoint}")
+        tqdm.write(f"stopped at step {trainer.step}; the same command goes on from {trainer.checkpoint}")
         return 130
     trainer.normalise()
     trainer.codec.save(args.out / "codec.safetensors")
     scores = judge(trainer.codec)
     (args.out / "scores.json").write_text(json.dumps(scores, indent=1))
-    print(f"{args.out / 'codec.safetensors'}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+    tqdm.write(f"{args.out / 'codec.safetensors'}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
     return 0
 
 
@@ -96,7 +102,8 @@ class CodecTrainer:
     def __init__(self, settings: CodecTraining, out: Path, config: CodecConfig | None = None) -> None:
         self.settings, self.out, self.step = settings, Path(out), 0
         torch.manual_seed(settings.seed)
-        self.codec = Codec(config).to(memory_format=torch.channels_last).train()
+        self.codec = Codec(config).train()
+        self.codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimiser = torch.optim.Adam(self.codec.parameters(), lr=settings.rate, betas=(0.9, 0.99))
         self.log: list[dict[str, float]] = []
 
@@ -143,7 +150,7 @@ class CodecTrainer:
             # Unit variance by construction: the noise then has a meaning, and no KL weight is to be tuned.
             mean, var = raw.mean((0, 1, 3, 4)), raw.var((0, 1, 3, 4))
             unit = (raw - mean[:, None, None]) * torch.rsqrt(var + 1e-6)[:, None, None]
-            level = s.noise * torch.rand(s.batch, 1, 1, 1, 1, generator=generator)
+            level = s.noise * torch.rand(len(unit), 1, 1, 1, 1, generator=generator)
             noisy = unit + level * torch.randn(unit.shape, generator=generator)
             decoded, _ = self.codec.decode_raw(noisy)
         loss, l1 = reconstruction_loss(decoded.float(), frames, s)
@@ -171,7 +178,9 @@ class CodecTrainer:
         codec = self.codec.eval()
         mean, std = self._statistics(range(clips))
         codec.encoder.head.weight.div_(std[:, None, None, None])
-        codec.encoder.head.bias.sub_(mean).div_(std)
+        bias = codec.encoder.head.bias
+        assert bias is not None
+        bias.sub_(mean).div_(std)
         mean, std = self._statistics(range(clips, 2 * clips))
         codec.latent_mean.copy_(mean)
         codec.latent_std.copy_(std)
@@ -181,7 +190,7 @@ class CodecTrainer:
         latents = torch.cat(
             [
                 self.codec.encode_raw(training_batch(self.settings, self.settings.steps + clips.start + i))[0]
-                for i in range(max(1, len(clips) // size))
+                for i in range(max(1, 4 * len(clips) // size))
             ]
         )
         return latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4))
@@ -242,17 +251,38 @@ class CodecTrainer:
 
 
 def training_batch(settings: CodecTraining, step: int) -> Tensor:
-    """Return the clips of a step, ``(batch, 4 latent_frames - 3, 3, 64, 64)`` float32 in [-1, 1], of all kinds."""
+    """Return the clips of a step, ``(N, 4 latent_frames - 3, 3, S, S)`` float32 in [-1, 1], of all kinds.
+
+    Crops (N = batch, S = crop) cost a quarter of whole frames and leave most of the empty ground out; their corners
+    are multiples of 8, so that the latent grid lies on them as on whole frames (N = batch / 4, S = 64).
+    """
     draw = torch.Generator().manual_seed((settings.seed << 32) + (1 << 31) + step)
+
+    def integer(below: int) -> int:
+        return int(torch.randint(below, (), generator=draw))
+
+    whole = step >= (1 - settings.whole_share) * settings.steps
+    number = max(1, settings.batch // 4) if whole else settings.batch
     count = 4 * settings.latent_frames - 3
     clips = []
-    for i in range(settings.batch):
-        kind = _KINDS[int(torch.randint(len(_KINDS), (), generator=draw))]
-        start = int(torch.randint(0, 400, (), generator=draw))
+    for i in range(number):
+        kind, start = _KINDS[integer(len(_KINDS))], integer(400)
         seed = HELD_OUT + (settings.seed * 7919 + step) * settings.batch + i
         blocks = _CURTAIN if kind == "curtain" else None
         world = World.from_seed(seed, kind, curtain_blocks=blocks, repeat_from=1 if blocks else None)
-        clips.append(world.render(start, count))
+        frames = world.render(start, count)
+        if not whole:
+            corners = (SIZE - settings.crop) // SPACE_STRIDE + 1
+            left, top = integer(corners), integer(corners)
+            shown = world.in_sight(start, count).any(0).nonzero().flatten()
+            if len(shown) and integer(4):  # three times in four around an object
+                spec = world.objects[int(shown[integer(len(shown))])]
+                x, y = centres(spec, kind, world.schedule, np.array([start + count // 2]))[0]
+                wanted = [(c - settings.crop / 2 + integer(17) - 8) / SPACE_STRIDE for c in (x, y)]
+                left, top = (min(max(round(w), 0), corners - 1) for w in wanted)
+            rows, columns = (slice(SPACE_STRIDE * c, SPACE_STRIDE * c + settings.crop) for c in (top, left))
+            frames = frames[:, :, rows, columns]
+        clips.append(frames)
     return to_unit(torch.stack(clips))
 
 

@@ -21,7 +21,9 @@ class ObjectSpec:
     shape: str
     size: str
     radius: float
-    place: tuple[float, float]  # curtain: place at time 0; open: (unused, y at time 0); path: (x offset, y at mid-frame)
+    place: tuple[
+        float, float
+    ]  # curtain: place at time 0; open: (unused, y at time 0); path: (x offset, y at mid-frame)
     velocity: tuple[float, float]  # pixels a frame; on a path: speed along x, slope dy/dx
     delay: float = 0.0  # open and path: frame at which the object's edge touches the frame's
 

@@ -1,0 +1,168 @@
+"""Training the codec: resumes bit-exactly, learns, saves on Ctrl-C; the clip cache tells the truth."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from echo_infinity.codec import Codec, CodecConfig
+from echo_infinity.training import codec as codec_training
+from echo_infinity.training.clips import (
+    LONG_ABSENCE,
+    ClipMix,
+    annotate,
+    build_clips,
+    clip_world,
+    draw_clip,
+    load_clips,
+)
+from echo_infinity.training.codec import CodecTrainer, CodecTraining
+
+from tests.numerics import assert_same_bits
+
+CONFIG = CodecConfig(4, 8, 8, 8, 8, 4)
+SETTINGS = CodecTraining(steps=6, batch=2, whole_share=0.4, latent_frames=2, warmup=2, bf16=False)
+
+
+def weights(trainer: CodecTrainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.flatten() for name, tensor in trainer.codec.state_dict().items()}
+
+
+def test_a_resumed_run_gives_the_same_bits_as_an_unbroken_one(tmp_path: Path) -> None:
+    whole = CodecTrainer(SETTINGS, tmp_path / "whole", CONFIG)
+    assert whole.train()
+    CodecTrainer(SETTINGS, tmp_path / "broken", CONFIG).train(until=3)
+    resumed = CodecTrainer(SETTINGS, tmp_path / "broken", CONFIG)
+    assert resumed.resume()
+    assert resumed.step == 3
+    resumed.train()
+    assert_same_bits(weights(resumed), weights(whole))
+    assert [row["loss"] for row in resumed.log] == [row["loss"] for row in whole.log]
+    for name in ("checkpoint.safetensors", "log.csv", "loss.png"):
+        assert (tmp_path / "broken" / name).stat().st_size > 0
+
+
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    trainer = CodecTrainer(
+        CodecTraining(steps=60, batch=4, latent_frames=2, rate=5e-3, warmup=5, bf16=False), tmp_path, CONFIG
+    )
+    trainer.train()
+    losses = [row["loss"] for row in trainer.log]
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+def test_ctrl_c_saves_the_steps_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = CodecTrainer(SETTINGS, tmp_path, CONFIG)
+    real = codec_training.training_batch
+
+    def interrupted(settings: CodecTraining, step: int) -> torch.Tensor:
+        if step == 2:
+            raise KeyboardInterrupt
+        return real(settings, step)
+
+    monkeypatch.setattr(codec_training, "training_batch", interrupted)
+    assert not trainer.train()
+    again = CodecTrainer(SETTINGS, tmp_path, CONFIG)
+    assert again.resume()
+    assert again.step == 2
+
+
+def test_a_checkpoint_of_other_settings_or_cut_short_is_refused(tmp_path: Path) -> None:
+    CodecTrainer(SETTINGS, tmp_path, CONFIG).train(until=1)
+    with pytest.raises(ValueError, match="written with settings"):
+        CodecTrainer(CodecTraining(steps=7), tmp_path, CONFIG).resume()
+    with pytest.raises(ValueError, match="written with config"):
+        CodecTrainer(SETTINGS, tmp_path).resume()
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="can't be read"):
+        CodecTrainer(SETTINGS, tmp_path, CONFIG).resume()
+
+
+def test_the_command_writes_a_codec_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    codec_training.add_arguments(parser)
+    options = ["--steps", "2", "--batch", "1", "--latent-frames", "2", "--out", str(tmp_path), "--no-bf16"]
+    assert codec_training.run(parser.parse_args(options)) == 0
+    assert "psnr" in capsys.readouterr().out
+    assert Codec.load(tmp_path / "codec.safetensors").config == CodecConfig()
+
+
+def test_normalised_latents_have_zero_mean_and_unit_variance(tmp_path: Path) -> None:
+    trainer = CodecTrainer(SETTINGS, tmp_path, CONFIG)
+    trainer.train()
+    trainer.normalise(clips=32)
+    with torch.no_grad():
+        batches = [codec_training.training_batch(SETTINGS, SETTINGS.steps + 32 + i) for i in range(64)]
+        latents = torch.cat([trainer.codec.encode(batch)[0] for batch in batches])
+    assert latents.mean((0, 1, 3, 4)).abs().max() < 1e-3
+    assert (latents.std((0, 1, 3, 4)) - 1).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("mix", [ClipMix(), LONG_ABSENCE])
+def test_aligned_clips_reappear_exactly_where_the_curtain_opens_again(mix: ClipMix) -> None:
+    aligned = 0
+    for seed in range(60):
+        recipe = draw_clip(seed, 15, mix)
+        marks = {name: mark.tolist() for name, mark in annotate(clip_world(recipe), 15).items()}
+        assert not marks["sighted"][0]
+        assert not any(a and b for a, b in zip(marks["closed"], marks["sighted"], strict=True))
+        schedule = recipe["curtain_blocks"]
+        if schedule is None:
+            continue
+        aligned += 1
+        closed = schedule[:15]
+        opens = [b for b in range(1, 15) if closed[b - 1] and not closed[b]]
+        assert marks["closed"] == closed
+        assert marks["sighted"] == [not c for c in closed]
+        assert [b for b in range(15) if marks["first_open"][b]] == opens[:1]
+        assert [b for b in range(15) if marks["reappear"][b]] == opens[1:]
+        assert all(closed[b - 2 : b] == [True, True] for b in opens[1:])
+    assert aligned > 20
+
+
+def test_path_clips_reappear_after_the_objects_left_the_local_window() -> None:
+    mix = ClipMix(curtain=0, random_curtain=0, path=1, open=0)
+    found = 0
+    for seed in range(20):
+        marks = annotate(clip_world(draw_clip(seed, 15, mix)), 15)
+        found += int(marks["reappear"].sum())
+        assert not marks["closed"].any()
+    assert found > 10
+
+
+def test_a_cache_holds_the_latents_and_marks_of_its_worlds(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    codec = Codec(CONFIG).eval()
+    build_clips(codec, tmp_path, 5, 9, seed=3, shard=2, batch=2, progress=False)
+    clips = load_clips(tmp_path)
+    assert clips.latents.shape == (5, 9, 4, 8, 8)
+    assert clips.latents.dtype == torch.float16
+    assert clips.reappear.shape == (5, 3)
+    assert len(clips) == 5
+    for i, recipe in enumerate(clips.clips):
+        world = clip_world(recipe)
+        assert clips.prompts[i] == world.prompt
+        for name, mark in annotate(world, 3).items():
+            assert_same_bits(getattr(clips, name)[i], mark)
+    assert len(load_clips(tmp_path, limit=3)) == 3
+
+    # A broken run goes on: the lost shard comes back as it was, and the others are left alone.
+    (tmp_path / "shard-00001.safetensors").unlink()
+    stamp = (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns
+    build_clips(codec, tmp_path, 5, 9, seed=3, shard=2, batch=2, progress=False)
+    assert_same_bits(load_clips(tmp_path).latents, clips.latents)
+    assert (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_cache_of_other_settings_or_none_is_refused(tmp_path: Path) -> None:
+    codec = Codec(CONFIG).eval()
+    with pytest.raises(ValueError, match="no clips in"):
+        load_clips(tmp_path)
+    with pytest.raises(ValueError, match="multiple of 3, got 10"):
+        build_clips(codec, tmp_path, 1, 10)
+    build_clips(codec, tmp_path, 1, 3, progress=False)
+    with pytest.raises(ValueError, match="use another folder"):
+        build_clips(codec, tmp_path, 1, 3, seed=9, progress=False)
+    with pytest.raises(ValueError, match="still be in the local window"):
+        ClipMix(absence=((1, 1.0),))
