@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -88,6 +89,35 @@ class StreamMemory:
         self.reset()
         self.state = self._write(self.state, segments, cache)
         self.writes = writes + 1
+
+    def replace(self, state: Tensor) -> None:
+        """Put another state ``(G, B, M * T_m, D)`` in place, as ablations do."""
+        self.state, self._read = state, None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a later block depends on, by name, between blocks."""
+        named = {"state": self.state, "writes": torch.tensor(self.writes)}
+        for i, (k, v) in enumerate(self.pending):
+            named |= {f"pending.{i}.k": k, f"pending.{i}.v": v}
+        return named
+
+    def load_tensors(self, named: Mapping[str, Tensor]) -> None:
+        """Go on from copies of what :meth:`tensors` returned.
+
+        Raises:
+            ValueError: tensors are missing, or the state has another shape.
+        """
+        count = sum(name.startswith("pending.") for name in named) // 2
+        pairs = [(f"pending.{i}.k", f"pending.{i}.v") for i in range(count)]
+        if missing := [name for name in ("state", "writes", *sum(pairs, ())) if name not in named]:
+            raise ValueError(f"a saved memory lacks {', '.join(missing)}")
+        if named["state"].shape != self.state.shape:
+            raise ValueError(f"saved memory is {tuple(named['state'].shape)}, this one {tuple(self.state.shape)}")
+        own = self.state
+        self.state = named["state"].to(own.device, own.dtype, copy=True)
+        self.writes = int(named["writes"])
+        self.pending = [(named[k].to(own.device, copy=True), named[v].to(own.device, copy=True)) for k, v in pairs]
+        self._next = self._read = None
 
     def detach(self) -> None:
         """Cut the state's history: the boundary of truncated back-propagation."""

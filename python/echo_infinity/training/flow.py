@@ -52,6 +52,7 @@ class FlowTraining:
         ema: decay of the averaged weights, which are the ones saved.
         seed: of weights, clips and noise.
         memory: False trains without memory.
+        bf16: compute linears in bfloat16; weights, attention and losses stay float32.
     """
 
     steps: int = 2000
@@ -68,6 +69,7 @@ class FlowTraining:
     ema: float = 0.995
     seed: int = 0
     memory: bool = True
+    bf16: bool = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -188,7 +190,8 @@ class FlowTrainer:
         for group in self.optimiser.param_groups:
             group["lr"] = s.rate * warm * cosine * group["factor"]
         index = torch.randint(len(self.clips), (s.batch,), generator=generator)
-        loss, parts = self.loss(index, generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=s.bf16):
+            loss, parts = self.loss(index, generator)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_([x for _, x in self.parameters()], 1.0)
@@ -232,6 +235,7 @@ class FlowTrainer:
             noise = torch.randn(x0.shape, generator=generator)
             x_t = (1 - sigma) * x0 + sigma * noise
             flow = self.model(x_t, self.model.condition(1000 * sigma.view(batch, 1)), text, cache, call, read)
+            flow = flow.float()
             losses.append((flow - (noise - x0)).square().mean(dim=(1, 2, 3, 4)))
             weights.append(torch.where(again, s.reappear_weight, 1.0))
             with torch.no_grad():

@@ -1,0 +1,1 @@
+"""Judges of generated video: recall of what was out of sight, and long rollouts."""
