@@ -116,7 +116,7 @@ def ring_append(
 
     Source: docs/method.md sections 2 and 3.
     """
-    _check(q, k, v, frame_table, key_frame_table, grid_table, slots, ring_k, ring_v, ring_raw)
+    _check(q, k, v, q_weight, k_weight, frame_table, key_frame_table, grid_table, slots, ring_k, ring_v, ring_raw)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise RuntimeError("ring_append writes in place and has no gradient; train with the functional cache")
     args = (
@@ -184,7 +184,9 @@ def _write(ring: Tensor, x: Tensor, slots: Tensor) -> None:
         row.index_copy_(0, into, new)
 
 
-def _check(q, k, v, frame_table, key_frame_table, grid_table, slots, ring_k, ring_v, ring_raw) -> None:
+def _check(
+    q, k, v, q_weight, k_weight, frame_table, key_frame_table, grid_table, slots, ring_k, ring_v, ring_raw
+) -> None:
     if q.ndim != 4 or ring_k.ndim != 4:
         raise ValueError(f"q and ring_k must be (B, T, H, d), got {tuple(q.shape)} and {tuple(ring_k.shape)}")
     (b, t, h, d), tokens_per_frame = q.shape, grid_table.shape[0]
@@ -202,6 +204,13 @@ def _check(q, k, v, frame_table, key_frame_table, grid_table, slots, ring_k, rin
             raise ValueError(f"{name} must be {tuple(shape)} to match q {tuple(q.shape)}, got {tuple(x.shape)}")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None and weight.shape != (h * d,):
+            raise ValueError(f"{name} must be ({h * d},) for {h} heads of {d}, got {tuple(weight.shape)}")
+    others = {"q_weight": q_weight, "k_weight": k_weight, "frame_table": frame_table, "grid_table": grid_table}
+    for name, x in (others | {"key_frame_table": key_frame_table, "slots": slots}).items():
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q is on {q.device}")
     if slots.dtype != torch.int64 or slots.shape not in ((1, frame_table.shape[1]), (b, frame_table.shape[1])):
         raise ValueError(
             f"slots must be int64 (1 or {b}, {frame_table.shape[1]}), got {slots.dtype} {tuple(slots.shape)}"
