@@ -36,7 +36,7 @@ def stream_attention(
     ``R``, the rotation from its absolute to its relative id (one angle a pair, shared by all tokens).
 
     Args:
-        q: ``(B, Tq, H, d)`` queries rotated by their absolute ids.
+        q: ``(B, Tq, H, d)`` queries rotated by their absolute ids, any strides with a contiguous last dim.
         sink: keys and values, each ``(B, Ts, H, d)``, any strides with a contiguous last dim; None leaves the tier out.
         memory: keys and values of the evolving memory, likewise.
         ring: keys and values of the filled slots, in any order of frames.
@@ -96,7 +96,7 @@ def shift_queries(q: Tensor, shift: Tensor) -> Tensor:
 
 
 def stream_attention_ref(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale) -> tuple[Tensor, Tensor]:
-    """The oracle: all scores at once, softmax in float32 or wider, differentiable. Returns output and LSE (B, H, Tq)."""
+    """The oracle: all scores at once, softmax in float32 or wider, differentiable; output and LSE ``(B, H, Tq)``."""
     turned = q if shift is None else shift_queries(q, shift)
     tiers = [(turned, sink_k, sink_v), (turned, memory_k, memory_v), (q, ring_k, ring_v)]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -140,6 +140,8 @@ def _tier(q: Tensor, k: Tensor, v: Tensor, scale: float) -> KV:
 def _check(q: Tensor, shift: Tensor | None, tiers: dict[str, KV | None]) -> None:
     if q.ndim != 4:
         raise ValueError(f"q must be (B, T, H, d), got {tuple(q.shape)}")
+    if q.stride(-1) != 1:
+        raise ValueError(f"q must have a contiguous last dim, got strides {q.stride()}")
     b, _, h, d = q.shape
     keys = 0
     for name, pair in tiers.items():
@@ -153,11 +155,15 @@ def _check(q: Tensor, shift: Tensor | None, tiers: dict[str, KV | None]) -> None
         for x in pair:
             if x.dtype != q.dtype or x.device != q.device:
                 raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}")
+            if x.stride(-1) != 1:
+                raise ValueError(f"{name} must have a contiguous last dim, got strides {x.stride()}")
         keys += k.shape[1]
     if keys == 0:
         raise ValueError("no tier holds a key: pass at least the ring with the current block")
     if shift is not None and shift.shape not in ((1, axis_pairs(d)[0], 2), (b, axis_pairs(d)[0], 2)):
         raise ValueError(f"shift must be (1 or {b}, {axis_pairs(d)[0]}, 2) for d={d}, got {tuple(shift.shape)}")
+    if shift is not None and shift.device != q.device:
+        raise ValueError(f"shift is on {shift.device}, q is on {q.device}")
 
 
 def _why_not_kernel(q: Tensor) -> str | None:
