@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -173,6 +173,27 @@ class BlockSampler:
         """Every tensor that a later block depends on, by name; with ``frame`` and the text they are the stream."""
         named = {f"cache.{name}": x for name, x in self.cache.tensors().items()} | {"window": self.window}
         return named if self.memory is None else named | {f"memory.{k}": x for k, x in self.memory.tensors().items()}
+
+    @torch.inference_mode()
+    def load_tensors(self, named: Mapping[str, Tensor], frame: int) -> None:
+        """Go on from copies of what :meth:`tensors` returned, at latent frame ``frame``.
+
+        Raises:
+            ValueError: tensors are missing, unexpected, or of another shape; nothing of the cache has changed.
+        """
+        own = {name: x for name, x in self.tensors().items() if not name.startswith("memory.")}
+        given = {name: x for name, x in named.items() if not name.startswith("memory.")}
+        if own.keys() != given.keys():
+            raise ValueError(f"missing or unexpected in the saved stream: {', '.join(sorted(own.keys() ^ given.keys()))}")
+        for name, x in own.items():
+            if x.shape != given[name].shape:
+                raise ValueError(f"saved {name} is {tuple(given[name].shape)}, this stream's {tuple(x.shape)}")
+        if self.memory is not None:
+            prefix = "memory."
+            self.memory.load_tensors({n.removeprefix(prefix): x for n, x in named.items() if n.startswith(prefix)})
+        for name, x in own.items():
+            x.copy_(given[name])
+        self.frame = frame
 
     def _remember(self, latents: Tensor) -> None:
         for i in range(latents.shape[1]):

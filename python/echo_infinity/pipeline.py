@@ -1,0 +1,222 @@
+"""The way in: load a model, start, resume and collect streams."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echo_infinity.cache import KV
+from echo_infinity.codec import SPACE_STRIDE, TIME_STRIDE
+from echo_infinity.memory import EvolvingMemory
+from echo_infinity.noise import Noise
+from echo_infinity.sampler import Generator
+from echo_infinity.settings import Callback, PromptChange, StreamSettings, frame_count
+from echo_infinity.state import SavedStream, check_model, environment, read_state, warn_differences
+from echo_infinity.stream import Stream
+from echo_infinity.weights import Checkpoint, load_checkpoint
+
+
+class EchoPipeline:
+    """A text-to-video generator; any number of streams may run on it at the same time.
+
+    Args:
+        checkpoint: a generator's parts, from :func:`echo_infinity.weights.load_checkpoint`.
+        source: where it came from; kept in saved streams, for the command line to find it again.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, source: str | None = None) -> None:
+        self.config, self.fingerprint, self.source = checkpoint.config, checkpoint.fingerprint, source
+        self.model, self.memory, self.codec = checkpoint.model, checkpoint.memory, checkpoint.codec
+        self._text = checkpoint.text
+        parameter = next(self.model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self._generators: dict[str, Generator] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | os.PathLike[str] = "tiny",
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        relative_ids: bool | None = None,
+    ) -> EchoPipeline:
+        """Load a model.
+
+        Args:
+            name_or_folder: a bundled model's name or a checkpoint's folder.
+            dtype: of model, memory and text; the codec stays float32.
+            device: where everything runs.
+            relative_ids: override the configuration's relative (True) or absolute (False) frame ids, as an ablation.
+
+        Raises:
+            ValueError: unknown name, impossible geometry, or missing, corrupt or truncated files.
+            FileNotFoundError: a checkpoint's file is missing.
+        """
+        checkpoint = load_checkpoint(name_or_folder, dtype=dtype, device=device)
+        if relative_ids is not None:
+            window = replace(checkpoint.config.window, relative=relative_ids)
+            checkpoint = checkpoint._replace(config=replace(checkpoint.config, window=window))
+        source = os.path.abspath(name_or_folder) if os.path.isdir(name_or_folder) else os.fspath(name_or_folder)
+        return cls(checkpoint, source)
+
+    @property
+    def fps(self) -> int:
+        """Frames a second."""
+        return self.config.fps
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a frame in pixels."""
+        return self.config.latent_rows * SPACE_STRIDE, self.config.latent_columns * SPACE_STRIDE
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        noise: Noise | None = None,
+        memory: str | None = None,
+        memory_dtype: torch.dtype | None = None,
+        output_type: str = "pixels",
+        callback: Callback | None = None,
+        autosave: str | os.PathLike[str] | None = None,
+        autosave_every: float = 60.0,
+    ) -> Stream:
+        """Start a stream.
+
+        Args:
+            prompt: what to show.
+            seed: of the noise, 0 .. 2**63 - 1.
+            noise: the caller's own noise instead, see :mod:`echo_infinity.noise`; give it again to :meth:`resume`.
+            memory: "on", "off" (window and sink only) or "frozen" (never written after its learned start); default
+                "on" where the model has one.
+            memory_dtype: of the memory state; default the weights'.
+            output_type: "pixels" or "latents".
+            callback: called as ``callback(stream, block_index, output)`` after each block.
+            autosave: file to save the stream to at block boundaries.
+            autosave_every: seconds between saves.
+
+        Raises:
+            ValueError: an empty or too long prompt, a seed out of range, an unknown option, or memory asked of a model
+                without one.
+        """
+        memory = memory or ("off" if self.memory is None else "on")
+        settings = StreamSettings(
+            seed, noise, memory, memory_dtype, output_type, callback, autosave, autosave_every
+        )  # fmt: skip
+        return Stream(self, PromptChange(prompt, 0), settings)
+
+    def resume(
+        self,
+        saved: str | os.PathLike[str] | SavedStream,
+        *,
+        noise: Noise | None = None,
+        output_type: str | None = None,
+        callback: Callback | None = None,
+        autosave: str | os.PathLike[str] | None = None,
+        autosave_every: float = 60.0,
+    ) -> Stream:
+        """Go on with a saved stream: bit for bit on the same device, torch, dtype and thread count.
+
+        Args:
+            saved: the file, or what :func:`echo_infinity.state.read_state` read.
+            noise: needed again where the stream ran with the caller's own.
+            output_type: default as saved; "latents" may follow "pixels", not the other way round.
+            callback: as in :meth:`stream`.
+            autosave: as in :meth:`stream`.
+            autosave_every: as in :meth:`stream`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is corrupt, from a newer version, other weights or another configuration, or the
+                caller's noise is missing.
+
+        Warns:
+            ResumeWarning: device, torch, dtype or threads differ, so the last bits may too.
+        """
+        saved = saved if isinstance(saved, SavedStream) else read_state(saved)
+        check_model(saved, self.config.to_json(), self.fingerprint)
+        meta = saved.meta
+        if (meta["noise"] == "injected") != (noise is not None):
+            raise ValueError(
+                f"{saved.path} ran with the caller's own noise: pass the same noise= to resume it"
+                if noise is None
+                else f"{saved.path} ran with the noise of seed {meta['seed']}: resume it without noise="
+            )
+        if meta["output_type"] == "latents" and output_type == "pixels":
+            raise ValueError(f"{saved.path} ran with output_type 'latents' and holds no decoder state: resume it so")
+        warn_differences(saved, environment(self.device, self.dtype))
+        dtype = None if meta["memory_dtype"] is None else getattr(torch, meta["memory_dtype"])
+        output_type = output_type or meta["output_type"]
+        settings = StreamSettings(
+            meta["seed"], noise, meta["memory"], dtype, output_type, callback, autosave, autosave_every
+        )  # fmt: skip
+        stream = Stream(self, PromptChange(**meta["prompts"][-1]), settings)
+        stream.restore(saved)
+        return stream
+
+    def generate(
+        self, prompt: str, *, seconds: float | None = None, frames: int | None = None, **options: Any
+    ) -> Tensor:
+        """Return a video of exactly this length.
+
+        Args:
+            prompt: what to show.
+            seconds: length; rounded to whole frames.
+            frames: length in pixel frames instead.
+            options: of :meth:`stream`.
+
+        Returns:
+            ``(N, H, W, 3)`` uint8, or the latents ``(F, C, h, w)`` float32 that cover the length.
+
+        Raises:
+            ValueError: no positive length, or both; or as :meth:`stream`.
+        """
+        if (seconds is None) == (frames is None):
+            raise ValueError(f"give either seconds or frames, got {seconds} and {frames}")
+        count = frames if frames is not None else frame_count(seconds or 0.0, self.fps)
+        if count < 1:
+            raise ValueError(f"frames must be at least 1, got {count}")
+        outputs = []
+        with self.stream(prompt, **options) as stream:
+            while stream.frames < count:
+                outputs.append(next(stream))
+            latents = stream.settings.output_type == "latents"
+        return torch.cat(outputs)[: -(-(count - 1) // TIME_STRIDE) + 1 if latents else count]
+
+    @torch.inference_mode()
+    def encode_prompt(self, prompt: str) -> list[KV]:
+        """Return each layer's cross-attention K/V of a prompt.
+
+        Raises:
+            ValueError: empty, too long, or without a known word.
+        """
+        return self.model.encode_text(self._text.encode([prompt]))
+
+    def generator(self, memory: str) -> Generator:
+        """Return what the streams with this memory ("on", "off", "frozen") share.
+
+        Raises:
+            ValueError: memory asked of a model without one.
+        """
+        if memory != "off" and self.memory is None:
+            raise ValueError(f"memory is {memory!r} but the model {self.config.name} has none: use 'off'")
+        if memory not in self._generators:
+            modules = {"on": self.memory, "off": None, "frozen": _frozen(self.memory)}
+            self._generators[memory] = Generator(self.config, self.model, modules[memory])
+        return self._generators[memory]
+
+
+def _frozen(memory: EvolvingMemory | None) -> EvolvingMemory | None:
+    """The same weights under a configuration whose writes change nothing."""
+    if memory is None:
+        return None
+    frozen = copy.copy(memory)
+    frozen.config = replace(memory.config, frozen=True)
+    return frozen

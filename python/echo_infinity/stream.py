@@ -1,0 +1,278 @@
+"""A running stream: frames block by block, prompt switches, save, fork."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from echo_infinity.cache import KV
+from echo_infinity.codec import TIME_STRIDE, to_uint8
+from echo_infinity.noise import counter_noise
+from echo_infinity.sampler import BlockSampler, NonFiniteError
+from echo_infinity.settings import PromptChange, StreamSettings
+from echo_infinity.state import SavedStream, SavedVideo, environment, write_state
+
+if TYPE_CHECKING:
+    from echo_infinity.pipeline import EchoPipeline
+
+class AutosaveWarning(UserWarning):
+    """A stream couldn't be saved on time; it goes on, and the state saved before is still there."""
+
+
+class Stream:
+    """Iterate to get blocks for ever; made by :meth:`EchoPipeline.stream` and :meth:`EchoPipeline.resume`.
+
+    An iteration gives ``(N, H, W, 3)`` uint8 on the CPU, N 9 in the first block and 12 later (three latents stand for
+    1 + 4 + 4, later 4 + 4 + 4 frames), or ``(F, C, h, w)`` float32 latents. Methods may be called from other threads:
+    they wait for the block in work.
+    """
+
+    def __init__(self, pipe: EchoPipeline, prompt: PromptChange, settings: StreamSettings) -> None:
+        self.pipe, self.settings = pipe, settings
+        self.prompts: list[PromptChange] = [prompt]
+        self.video: SavedVideo | None = None  # of the run that a resumed stream continues
+        noise = settings.noise or counter_noise(settings.seed)
+        generator, text = pipe.generator(settings.memory), pipe.encode_prompt(prompt.prompt)
+        self._sampler = BlockSampler(generator, text, noise, memory_dtype=settings.memory_dtype)
+        self._decoder: dict[str, Tensor] | None = None
+        self._switch: tuple[PromptChange, list[KV]] | None = None
+        self._undecoded = 0
+        self._failure: NonFiniteError | None = None
+        self._closed = False
+        self._lock = threading.RLock()
+        self._saved_at = time.monotonic()
+
+    @property
+    def block(self) -> int:
+        """Number of the next block: blocks generated so far."""
+        return self._sampler.block
+
+    @property
+    def frames(self) -> int:
+        """Pixel frames that the blocks so far stand for."""
+        return max(0, TIME_STRIDE * self._sampler.frame - (TIME_STRIDE - 1))
+
+    @property
+    def seconds(self) -> float:
+        """Length of the stream so far."""
+        return self.frames / self.pipe.config.fps
+
+    @property
+    def prompt(self) -> str:
+        """The prompt in effect."""
+        return self.prompts[-1].prompt
+
+    @property
+    def closed(self) -> bool:
+        """Whether the stream was closed."""
+        return self._closed
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        """Generate a block.
+
+        Raises:
+            NonFiniteError: NaN or Inf; every later call raises it again, and the stream can't be saved any more.
+            StopIteration: the stream is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise StopIteration
+            self._autosave()
+            latents = self.next_latents()
+            output = self.decode(latents) if self.settings.output_type == "pixels" else latents
+            if self.settings.callback is not None:
+                self.settings.callback(self, self.block - 1, output)
+            return output
+
+    def next_latents(self) -> Tensor:
+        """Generate a block and leave its decoding to the caller, who hands it to :meth:`decode`, say in a thread.
+
+        Returns:
+            ``(F, C, h, w)`` float32.
+
+        Raises:
+            NonFiniteError: as iteration does.
+            ValueError: the stream is closed.
+        """
+        with self._lock:
+            self._check_usable()
+            if self._switch is not None:
+                self._apply_switch()
+            try:
+                latents = self._sampler.next_block()
+            except NonFiniteError as error:
+                self._failure = error
+                raise
+            self._undecoded += 1
+            return latents[0].clone()  # a plain tensor, not one of inference mode
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode the blocks of :meth:`next_latents`, each once and in order.
+
+        Args:
+            latents: ``(F, C, h, w)``.
+
+        Returns:
+            ``(N, H, W, 3)`` uint8 on the CPU.
+
+        Raises:
+            NonFiniteError: the decoder gave NaN or Inf.
+        """
+        with torch.inference_mode():
+            pixels, state = self.pipe.codec.decode(latents[None].to(self.pipe.device), self._decoder)
+            if not torch.isfinite(pixels).all():
+                self._failure = NonFiniteError("the decoder gave NaN or Inf; resume from the last saved state")
+                raise self._failure
+            frames = to_uint8(pixels[0]).permute(0, 2, 3, 1).cpu()
+        self._decoder = state
+        self._undecoded -= 1
+        return frames.clone(memory_format=torch.contiguous_format)
+
+    def switch(self, prompt: str, *, global_sink: bool = True, memory_recache: bool = False) -> None:
+        """Change the prompt at the next block boundary; a later call before it replaces this one.
+
+        Args:
+            prompt: the new text.
+            global_sink: keep the sink's keys and values, which hold the first scene; False re-makes them too.
+            memory_recache: start the memory over from the frames in the window.
+
+        Raises:
+            ValueError: an empty or too long prompt, or the stream is closed.
+        """
+        change = PromptChange(prompt, self.block, global_sink, memory_recache)
+        text = self.pipe.encode_prompt(prompt)
+        with self._lock:
+            self._check_usable()
+            self._switch = change, text
+
+    def save(self, path: str | os.PathLike[str], *, video: SavedVideo | None = None) -> None:
+        """Write everything that the stream's future depends on to one file, in place of what was there.
+
+        Args:
+            path: a ``.safetensors`` file.
+            video: where the stream's video stands, for a resume to go on with it.
+
+        Raises:
+            NonFiniteError: the stream holds NaN or Inf; the file is left as it was.
+            OSError: the disk refused; the file is left as it was.
+            ValueError: the stream is closed, or blocks wait for :meth:`decode`.
+        """
+        with self._lock:
+            self._check_usable()
+            tensors = self._tensors()
+            if bad := [name for name, x in tensors.items() if x.is_floating_point() and not torch.isfinite(x).all()]:
+                self._failure = NonFiniteError(
+                    f"{', '.join(bad)} hold NaN or Inf after block {self.block - 1}; not saved: "
+                    "resume from the last saved state"
+                )
+                raise self._failure
+            if video is not None:
+                tensors["video.rest"] = video.rest
+            write_state(path, self._meta(video), tensors)
+            self._saved_at = time.monotonic()
+
+    def fork(self) -> Stream:
+        """Return an independent stream that goes on from here with the same bits; it has no callback or autosave."""
+        with self._lock:
+            self._check_usable()
+            twin = Stream(self.pipe, self.prompts[-1], replace(self.settings, callback=None, autosave=None))
+            twin._load(self._tensors(), self._sampler.frame)
+            twin.prompts = list(self.prompts)
+            twin._switch = self._switch
+            return twin
+
+    def close(self) -> None:
+        """Stop; the stream's memory is freed once nothing refers to it."""
+        with self._lock:
+            self._closed = True
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def restore(self, saved: SavedStream) -> None:
+        """Take the place of a saved stream; :meth:`EchoPipeline.resume` checks that it may."""
+        self._load(saved.tensors, saved.meta["frame"])
+        self.prompts = [PromptChange(**change) for change in saved.meta["prompts"]]
+        self.video = saved.video
+        if saved.meta["switch"] is not None:
+            change = PromptChange(**saved.meta["switch"])
+            self._switch = change, self.pipe.encode_prompt(change.prompt)
+
+    def _apply_switch(self) -> None:
+        assert self._switch is not None
+        change, text = self._switch
+        self._sampler.switch(text, global_sink=change.global_sink, memory_recache=change.memory_recache)
+        self.prompts.append(replace(change, block=self.block))
+        self._switch = None
+
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._closed:
+            raise ValueError("the stream is closed; start or resume another")
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {f"sampler.{name}": x for name, x in self._sampler.tensors().items()}
+        if self.settings.output_type == "latents":
+            return named
+        if self._undecoded:
+            raise ValueError(f"{self._undecoded} blocks wait to be decoded: pass them to decode() first")
+        return named | {f"codec.{name}": x for name, x in (self._decoder or {}).items()}
+
+    def _load(self, tensors: dict[str, Tensor], frame: int) -> None:
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+        self._sampler.load_tensors(part("sampler."), frame)
+        device = self.pipe.device
+        self._decoder = {name: x.to(device, copy=True) for name, x in part("codec.").items()} or None
+
+    def _meta(self, video: SavedVideo | None) -> dict[str, Any]:
+        s = self.settings
+        return {
+            "config": json.loads(self.pipe.config.to_json()),
+            "fingerprint": self.pipe.fingerprint,
+            "source": self.pipe.source,
+            "environment": environment(self.pipe.device, self.pipe.dtype),
+            "seed": s.seed,
+            "noise": "counter" if s.noise is None else "injected",
+            "memory": s.memory,
+            "memory_dtype": None if s.memory_dtype is None else str(s.memory_dtype).removeprefix("torch."),
+            "output_type": s.output_type,
+            "prompts": [asdict(change) for change in self.prompts],
+            "switch": None if self._switch is None else asdict(self._switch[0]),
+            "frame": self._sampler.frame,
+            "blocks": self.block,
+            "frames": self.frames,
+            "video": None
+            if video is None
+            else {"position": video.position.to_dict(), "path": video.path, "target": video.target},
+        }
+
+    def _autosave(self) -> None:
+        path, every = self.settings.autosave, self.settings.autosave_every
+        if path is None or time.monotonic() - self._saved_at < every:
+            return
+        try:
+            self.save(path)
+        except OSError as error:
+            self._saved_at = time.monotonic()
+            warnings.warn(f"could not save the stream to {path}: {error}; it goes on", AutosaveWarning, stacklevel=3)
