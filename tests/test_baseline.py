@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from numerics import assert_same_bits, assert_stream_equal
-
 from echo_infinity.config import EchoConfig, ModelConfig, SamplerConfig, WindowConfig
 from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.model import CausalDiT
 from echo_infinity.noise import counter_noise
 from echo_infinity.sampler import BlockSampler, Generator
+from numerics import assert_same_bits, assert_stream_equal
 
 BENCH = Path(__file__).parents[1] / "bench"
 BLOCKS = 9  # past the window and the saturation of memory ids, twice around the ring

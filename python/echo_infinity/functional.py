@@ -42,7 +42,9 @@ class FunctionalKV:
         """Append a block's K/V to ``layer`` and attend; see :meth:`echo_infinity.cache.RingKV.attend`."""
         eps = self.config.model.eps
         k = width_norm(k, norms[1], eps)
-        new = _Held(range(call.start, call.start + call.frames), rope_rotate(k, call.frame_table, call.grid_table), v, k)
+        new = _Held(
+            range(call.start, call.start + call.frames), rope_rotate(k, call.frame_table, call.grid_table), v, k
+        )
         old = self._held[layer]
         kept = [] if old is None else self._kept(old, call)
         self._held[layer] = _join([*kept, new], self.tokens_per_frame)

@@ -70,9 +70,7 @@ class BlockSampler:
         self.generator, self.text, self.noise, self.batch = generator, text, noise, batch
         self.frame = 0
         self.cache = RingKV(config, batch, generator.dtype, generator.device)
-        self.memory = (
-            None if generator.memory is None else StreamMemory(generator.memory, config, batch, memory_dtype)
-        )
+        self.memory = None if generator.memory is None else StreamMemory(generator.memory, config, batch, memory_dtype)
         m, w = config.model, config.window
         self._shape = (batch, w.frames_per_block, m.latent_channels, config.latent_rows, config.latent_columns)
         # The last frames' latents, for re-caching under another prompt: frame f in slot f % window_frames.
@@ -184,7 +182,9 @@ class BlockSampler:
         own = {name: x for name, x in self.tensors().items() if not name.startswith("memory.")}
         given = {name: x for name, x in named.items() if not name.startswith("memory.")}
         if own.keys() != given.keys():
-            raise ValueError(f"missing or unexpected in the saved stream: {', '.join(sorted(own.keys() ^ given.keys()))}")
+            raise ValueError(
+                f"missing or unexpected in the saved stream: {', '.join(sorted(own.keys() ^ given.keys()))}"
+            )
         for name, x in own.items():
             if x.shape != given[name].shape:
                 raise ValueError(f"saved {name} is {tuple(given[name].shape)}, this stream's {tuple(x.shape)}")

@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-
 from echo_infinity.config import EchoConfig, ModelConfig, SamplerConfig, WindowConfig
 from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.model import CausalDiT
 from echo_infinity.sampler import BlockSampler, Generator
+from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 

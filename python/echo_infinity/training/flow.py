@@ -26,8 +26,15 @@ from echo_infinity.recall import StreamMemory
 from echo_infinity.text import GrammarText
 from echo_infinity.training.clips import Clips, load_clips
 from echo_infinity.training.plots import plot_lines
-from echo_infinity.weights import find, load_checkpoint, load_parts, read_tensors, save_checkpoint, text_metadata
-from echo_infinity.weights import write_tensors
+from echo_infinity.weights import (
+    find,
+    load_checkpoint,
+    load_parts,
+    read_tensors,
+    save_checkpoint,
+    text_metadata,
+    write_tensors,
+)
 from echo_infinity.worlds import VOCABULARY
 
 GROUPS = ("reappear", "first_open", "sighted", "closed")

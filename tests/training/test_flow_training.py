@@ -1,0 +1,68 @@
+"""Flow training: gradients reach the memory across blocks, and a resumed run is the unbroken one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from echo_infinity.config import preset
+from echo_infinity.training.clips import Clips
+from echo_infinity.training.flow import FlowTrainer, FlowTraining
+from numerics import assert_same_bits
+
+SETTINGS = FlowTraining(steps=4, batch=2, blocks=6, warmup=1, bf16=False, own_context=0.5)
+
+
+@pytest.fixture
+def clips():
+    n, blocks = 4, 6
+    marks = torch.zeros(n, blocks, dtype=torch.bool)
+    marks[:, 5] = True
+    return Clips(
+        torch.randn(n, 3 * blocks, 8, 8, 8).half(),
+        *([marks] * 4),
+        prompts=["a red circle drifts over a dark field"] * n,
+        clips=[{}] * n,
+    )
+
+
+@pytest.fixture
+def config():
+    tiny = preset("tiny")
+    return replace(tiny, model=replace(tiny.model, layers=2))
+
+
+def test_loss_of_a_late_block_reaches_the_memory_through_its_writes(clips, config, tmp_path):
+    trainer = FlowTrainer(SETTINGS, config, clips, tmp_path)
+    torch.nn.init.normal_(trainer.model.head.head.weight)
+    loss, parts = trainer.loss(torch.tensor([0, 1]), torch.Generator().manual_seed(0))
+    loss.backward()
+    assert set(parts) == {"reappear", "first_open", "sighted", "closed"}
+    for name, x in trainer.memory.named_parameters():
+        assert x.grad is not None, name
+        assert x.grad.abs().sum() > 0, name
+
+
+def test_resume_equals_an_unbroken_run(clips, config, tmp_path):
+    whole = FlowTrainer(SETTINGS, config, clips, tmp_path / "whole")
+    assert whole.train()
+    broken = FlowTrainer(SETTINGS, config, clips, tmp_path / "broken")
+    broken.train(until=2)
+    again = FlowTrainer(SETTINGS, config, clips, tmp_path / "broken")
+    assert again.resume()
+    assert again.train()
+    assert_same_bits(dict(again.parameters()), dict(whole.parameters()))
+    assert_same_bits({name: again.averaged[name] for name in whole.averaged}, whole.averaged)
+    assert [row["loss"] for row in again.log] == [row["loss"] for row in whole.log]
+
+
+def test_resume_refuses_other_settings(clips, config, tmp_path):
+    FlowTrainer(SETTINGS, config, clips, tmp_path).save()
+    other = FlowTrainer(replace(SETTINGS, rate=1.0), config, clips, tmp_path)
+    with pytest.raises(ValueError, match="use the same settings or --restart"):
+        other.resume()
+
+
+def test_reappearing_blocks_weigh_more(clips, config, tmp_path):
+    trainer = FlowTrainer(replace(SETTINGS, reappear_weight=1e6), config, clips, tmp_path)
+    loss, parts = trainer.loss(torch.tensor([0, 1]), torch.Generator().manual_seed(0))
+    assert loss.item() == pytest.approx(parts["reappear"], rel=1e-4)
