@@ -204,7 +204,7 @@ class RingKV:
         return stream_attention(q, sink=sink, memory=memory, ring=ring, shift=call.shift)
 
     def evicted(self, call: Call) -> list[KV]:
-        """Last layer's K (before rotation where ids are relative) and V of the frames ``call`` will overwrite: views."""
+        """Views of the last layer's K (before rotation where ids are relative) and V that ``call`` will overwrite."""
         k, v = self._ring(self.raw if self.raw is not None else self.k[-1]), self._ring(self.v[-1])
         first, count, _ = call.slots.evicted
         return ring_evict(k, v, first, count, self.tokens_per_frame)
