@@ -51,7 +51,7 @@ class CausalDiT(nn.Module):
         self.config = config
         d, _, ph, pw = config.width, *config.patch
         self.patch_embedding = nn.Conv3d(config.latent_channels, d, config.patch, stride=config.patch)
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_width, d), nn.GELU(approximate="tanh"), nn.Linear(d, d))
+        self.text_embedding = _mlp(config.text_width, d, d)
         self.time_embedding = nn.Sequential(nn.Linear(config.time_width, d), nn.SiLU(), nn.Linear(d, d))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -156,7 +156,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config)
         self.norm3 = nn.LayerNorm(d, eps=config.eps)
         self.cross_attn = CrossAttention(config)
-        self.ffn = nn.Sequential(nn.Linear(d, config.ffn), nn.GELU(approximate="tanh"), nn.Linear(config.ffn, d))
+        self.ffn = _mlp(d, config.ffn, d)
 
     def forward(
         self,
@@ -265,6 +265,10 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
     frequencies = torch.pow(10000.0, -torch.arange(half, dtype=torch.float64, device=t.device) / half)
     angles = t.double()[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def _mlp(width: int, hidden: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, out))
 
 
 def _modulation(own: Tensor, e0: Tensor) -> tuple[Tensor, ...]:

@@ -78,7 +78,7 @@ def test_rollout_matches_golden_data(name):
             assert_golden(v, tensors[f"cache.block{block}.layer{layer}.v"][:, : v.shape[1]], kind)
     checked = [key for key in tensors if key.startswith("attn0.")]
     for key in checked:
-        block, call = (int(part.strip("blockcall")) for part in key.split(".")[1:])
+        block, call = (int(part.removeprefix("block").removeprefix("call")) for part in key.split(".")[1:])
         assert_golden(attentions[block * 5 + call], tensors[key], kind)
     assert len(checked) > 0 or name != "rollout_mem_nk1"
 

@@ -105,5 +105,5 @@ def test_unknown_names_say_what_is_known(name, message):
 
 
 def test_folder_without_configuration_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no config.json"):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
         load_checkpoint(tmp_path)

@@ -102,9 +102,8 @@ def run(args: argparse.Namespace) -> int:
     if not settings.memory:
         config = replace(config, memory=None)
     trainer = FlowTrainer(settings, config, load_clips(args.clips), args.out)
-    if args.restart or not trainer.resume():
-        if args.init is not None:
-            trainer.start_from(args.init)
+    if (args.restart or not trainer.resume()) and args.init is not None:
+        trainer.start_from(args.init)
     done = trainer.train()
     trainer.export(Codec.load(args.codec))
     if not done:
