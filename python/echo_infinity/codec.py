@@ -184,10 +184,7 @@ class Codec(nn.Module):
         if latents.ndim != 5 or latents.shape[2] != channels or latents.shape[1] == 0:
             raise ValueError(f"latents must be (B, F >= 1, {channels}, h, w), got {tuple(latents.shape)}")
         mean, std = self.latent_mean[:, None, None], self.latent_std[:, None, None]
-        return self.decode_raw(latents * std + mean, state)
-
-    def decode_raw(self, latents: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Return what ``decode`` returns, for latents that were not normalised; shapes are not checked."""
+        latents = latents * std + mean
         b, f = latents.shape[:2]
         now = self.decoder.features(latents.flatten(0, 1))
         before, carried = _shift(now, b, state, "decoder")

@@ -1,6 +1,8 @@
 """Training the codec: resumes bit-exactly, learns, saves on Ctrl-C; the clip cache tells the truth."""
 
 import argparse
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from echo_infinity.training.clips import (
 )
 from echo_infinity.training.codec import CodecTrainer, CodecTraining
 
-from tests.numerics import assert_same_bits
+from tests.numerics import assert_same_bits, assert_stream_equal
 
 CONFIG = CodecConfig(4, 8, 8, 8, 8, 4)
 SETTINGS = CodecTraining(steps=6, batch=2, whole_share=0.4, latent_frames=2, warmup=2, bf16=False)
@@ -79,7 +81,10 @@ def test_a_checkpoint_of_other_settings_or_cut_short_is_refused(tmp_path: Path) 
         CodecTrainer(SETTINGS, tmp_path, CONFIG).resume()
 
 
-def test_the_command_writes_a_codec_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_codec_that_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec_training, "judge", partial(codec_training.judge, worlds=3, latent_frames=2))
     parser = argparse.ArgumentParser()
     codec_training.add_arguments(parser)
     options = ["--steps", "2", "--batch", "1", "--latent-frames", "2", "--out", str(tmp_path), "--no-bf16"]
@@ -88,12 +93,31 @@ def test_the_command_writes_a_codec_that_loads(tmp_path: Path, capsys: pytest.Ca
     assert Codec.load(tmp_path / "codec.safetensors").config == CodecConfig()
 
 
+def test_training_the_decoder_alone_keeps_the_latents(tmp_path: Path) -> None:
+    first = CodecTrainer(SETTINGS, tmp_path / "first", CONFIG)
+    first.train()
+    first.normalise(clips=8)
+    first.codec.save(tmp_path / "codec.safetensors")
+    before = Codec.load(tmp_path / "codec.safetensors")
+    alone = replace(SETTINGS, decoder_only=True)
+    trainer = CodecTrainer(alone, tmp_path / "second", init=Codec.load(tmp_path / "codec.safetensors"))
+    trainer.train()
+    frames = codec_training.training_batch(SETTINGS, 99)
+    with torch.no_grad():
+        old, new = before.encode(frames)[0], trainer.codec.eval().encode(frames)[0]
+        assert_stream_equal(new, old)
+        assert (trainer.codec.decode(old)[0] - before.decode(old)[0]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="--init"):
+        CodecTrainer(alone, tmp_path / "third", CONFIG)
+
+
 def test_normalised_latents_have_zero_mean_and_unit_variance(tmp_path: Path) -> None:
     trainer = CodecTrainer(SETTINGS, tmp_path, CONFIG)
     trainer.train()
     trainer.normalise(clips=32)
     with torch.no_grad():
-        batches = [codec_training.training_batch(SETTINGS, SETTINGS.steps + 32 + i) for i in range(64)]
+        whole = replace(SETTINGS, batch=32, whole_share=1.0)
+        batches = [codec_training.training_batch(whole, SETTINGS.steps + 32 + i) for i in range(4)]
         latents = torch.cat([trainer.codec.encode(batch)[0] for batch in batches])
     assert latents.mean((0, 1, 3, 4)).abs().max() < 1e-3
     assert (latents.std((0, 1, 3, 4)) - 1).abs().max() < 1e-2

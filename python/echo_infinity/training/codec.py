@@ -117,6 +117,9 @@ class CodecTrainer:
         torch.manual_seed(settings.seed)
         self.codec = (Codec(config) if init is None else init).train()
         self.codec.encoder.requires_grad_(not settings.decoder_only)
+        if not settings.decoder_only:  # both halves move, so the latents are normalised anew at the end
+            self.codec.latent_mean.zero_()
+            self.codec.latent_std.fill_(1.0)
         self.codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         trained = [p for p in self.codec.parameters() if p.requires_grad]
         self.optimiser = torch.optim.Adam(trained, lr=settings.rate, betas=(0.9, 0.99))
@@ -189,7 +192,7 @@ class CodecTrainer:
         return (raw - mean[:, None, None]) * torch.rsqrt(var + 1e-6)[:, None, None]
 
     @torch.no_grad()
-    def normalise(self, clips: int = 192) -> None:
+    def normalise(self, clips: int = 96) -> None:
         """Fold the latents' normalisation into the codec: training used each batch's own statistics.
 
         The decoder has seen unit latents, so the encoder's head is scaled to unit output, up to what ``latent_mean``
