@@ -1,0 +1,111 @@
+"""The command ``echo-infinity``: parse, call, print; heavy modules are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from echo_infinity.commands import UserError
+
+_LENGTHS = {"seconds": float, "minutes": float, "hours": float, "frames": int}
+# Commands whose options live in the module that does the work.
+_DELEGATED = {
+    "train": {"codec": "echo_infinity.training.codec", "flow": "echo_infinity.training.flow"},
+    "evaluate": {"recall": "echo_infinity.evaluation.recall", "rollout": "echo_infinity.evaluation.rollout"},
+}
+_HELP = {"train": "train a part of the bundled model", "evaluate": "measure what a model does"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return 0 ok, 130 interrupted, 2 a request that can't be served, 1 otherwise."""
+    args = _parser().parse_args(argv)
+    warnings.showwarning = _show_warning
+    try:
+        return args.handler(args)
+    except UserError as error:
+        print(f"echo-infinity: error: {'; '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("echo-infinity: interrupted", file=sys.stderr)
+        return 130
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from echo_infinity.commands import generate
+
+    return generate.run(args)
+
+
+def _info(args: argparse.Namespace) -> int:
+    from echo_infinity.commands import info
+
+    print("\n".join(info.lines()))
+    return 0
+
+
+def _delegate(args: argparse.Namespace) -> int:
+    """Parse the rest with the options of the module that does the work, and run it."""
+    module = importlib.import_module(_DELEGATED[args.command][args.what])
+    parser = _Parser(prog=f"echo-infinity {args.command} {args.what}", description=module.__doc__)
+    module.add_arguments(parser)
+    given = parser.parse_args(args.rest)
+    try:
+        return int(module.run(given) or 0)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="echo-infinity", description="Endless text-to-video streams at constant cost.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    _add_generate(commands.add_parser("generate", help="stream a prompt into a video"))
+    info = commands.add_parser("info", help="say what is installed, built and bundled")
+    info.set_defaults(handler=_info)
+    for name, modules in _DELEGATED.items():
+        command = commands.add_parser(name, help=_HELP[name])
+        command.add_argument("what", choices=list(modules))
+        command.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its options; --help lists them")
+        command.set_defaults(handler=_delegate)
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", help="what to show; with --resume, what to show from there on")
+    length = parser.add_mutually_exclusive_group()
+    for name, kind in _LENGTHS.items():
+        length.add_argument(f"--{name}", type=kind, metavar="N", help="length of the whole video")
+    length.add_argument("--endless", action="store_true", help="until Ctrl-C")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("-o", "--output", metavar="PATH", help="an .mp4, or a folder or shot_%%06d.png for PNG files")
+    output.add_argument("--no-video", action="store_true", help="generate and count only")
+    parser.add_argument("--overwrite", action="store_true", help="replace a video and its state that are there already")
+    parser.add_argument("--seed", type=int, help="of the noise (default 0)")
+    parser.add_argument("--model", help="a bundled model or a checkpoint's folder (default tiny, or as saved)")
+    parser.add_argument("--memory", choices=["on", "off", "frozen"], help="evolving memory (default on)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default float32, or as saved")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default cuda where there is one)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: what suits the model)")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="save the stream here, at the end too")
+    parser.add_argument("--autosave", type=float, metavar="SECONDS", help="save this often; 0 after every block")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with a saved stream and its video")
+    parser.add_argument("--raw-hashes", type=Path, metavar="FILE", help='append "block sha256" of each raw block')
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(handler=_generate)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    print(f"echo-infinity: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Where a run keeps its state, and the promise that nothing there is lost in silence."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from echo_infinity.state import check_writable
+
+
+def state_path(output: str | os.PathLike[str] | None) -> Path:
+    """Return the state file that belongs to a video: beside it, or in the working folder where there is none."""
+    if output is None:
+        return Path("echo.state.safetensors")
+    output = Path(output)
+    stem = re.sub(r"%0?\d*d", "", output.stem).strip("_-. ") or "echo"
+    return output.with_name(f"{stem}.state.safetensors")
+
+
+def hold_places(state: Path, *, keep: Path | None, overwrite: bool) -> None:
+    """Check that the state can be written, and that it replaces nothing but what it may.
+
+    Args:
+        state: file of the run's state.
+        keep: state that the run resumes; it may be replaced.
+        overwrite: an older state may be deleted, which is done at once since its video won't last either.
+
+    Raises:
+        FileExistsError: another state is there.
+        OSError: the folder can't be written.
+    """
+    resumed = keep is not None and state.exists() and state.samefile(keep)
+    if state.is_file() and not resumed:
+        if not overwrite:
+            raise FileExistsError(
+                f"a saved stream is at {state} already: go on with --resume {state}, give another --save, "
+                "or allow --overwrite"
+            )
+    check_writable(state)
+    if state.is_file() and not resumed:
+        state.unlink()

@@ -1,0 +1,185 @@
+"""Run a stream into a video: decode and write in a second thread, save on time, stop at a boundary, lose nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from echo_infinity.sampler import NonFiniteError
+from echo_infinity.state import SavedVideo
+from echo_infinity.stream import Stream
+from echo_infinity.video import VideoWriteError, VideoWriter
+
+
+class Recorder:
+    """Drive a stream until its video is long enough.
+
+    Decoding, hashing and writing a block overlap with generating the next one. Frames that could not be written, or
+    lie past the video's end, are kept (``rest``) and saved with the stream: a resumed run writes them first.
+
+    Args:
+        stream: with ``output_type`` "pixels".
+        writer: opened at the stream's saved position, if it has one.
+        path: of the video, for the saved state; None where frames are only counted.
+        target: frames that the video is to have; None for endless.
+        save: file for the stream's state.
+        autosave: seconds between saves at block boundaries; 0 saves at each, None never.
+        hashes: file that gets a line "block sha256" for each raw block.
+        on_block: called after each block with the number of frames in the video.
+        on_trouble: called with a line of text when an autosave fails; the run goes on.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        writer: VideoWriter,
+        *,
+        path: str | None = None,
+        target: int | None = None,
+        save: Path | None = None,
+        autosave: float | None = None,
+        hashes: Path | None = None,
+        on_block: Callable[[int], None] = lambda frames: None,
+        on_trouble: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.stream, self.writer, self.path, self.target = stream, writer, path, target
+        self.state, self.autosave, self.hashes = save, autosave, hashes
+        self.on_block, self.on_trouble = on_block, on_trouble
+        self.written = writer.position().frames
+        height, width = stream.pipe.size
+        self.rest = torch.zeros(0, height, width, 3, dtype=torch.uint8) if stream.video is None else stream.video.rest
+        self.saved: Path | None = None  # where the last good state of this run is
+        self._error: OSError | VideoWriteError | None = None
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Generate until the target is reached or ``stop()``, asked at every block boundary, says so.
+
+        Returns:
+            Whether the target was reached.
+
+        Raises:
+            NonFiniteError: NaN or Inf; no state is saved any more.
+            VideoWriteError: the disk refused; the stream can still be saved, with the frames that aren't written.
+            OSError: the same, from the file of hashes.
+        """
+        made, saved_at = self.written + len(self.rest), time.monotonic()
+        self._flush()
+        if self.autosave is not None:
+            self._save_on_time()
+        with ThreadPoolExecutor(1) as worker:
+            job = None
+            while self._error is None and not (done := self.target is not None and made >= self.target) and not stop():
+                before = self.stream.frames
+                latents = self.stream.next_latents()
+                made += self.stream.frames - before
+                if job is not None:
+                    job.result()
+                    self.on_block(self.written)
+                job = worker.submit(self._take, latents, self.stream.block - 1)
+                if self.autosave is not None and time.monotonic() - saved_at >= self.autosave:
+                    job.result()
+                    self._save_on_time()
+                    saved_at = time.monotonic()
+            if job is not None:
+                job.result()
+                self.on_block(self.written)
+        if self._error is not None:
+            raise self._error
+        return done
+
+    def save(self, path: Path | None = None) -> Path:
+        """Save the stream and where its video stands, to ``path`` or the recorder's own file; return the path.
+
+        Raises:
+            OSError: the disk refused; what was there before still is.
+            VideoWriteError: the video isn't safely on disk, so a state that counts on it isn't written.
+            NonFiniteError: as :meth:`Stream.save`.
+            ValueError: no path at all.
+        """
+        path = path or self.state
+        if path is None:
+            raise ValueError("nowhere to save to: give a path")
+        self.stream.save(path, video=SavedVideo(self.writer.position(), self.path, self.target, self.rest))
+        self.saved = path
+        return path
+
+    def _save_on_time(self) -> None:
+        try:
+            if self._error is None:
+                self.save()
+        except (OSError, VideoWriteError) as error:
+            kept = f"the state saved before is still at {self.saved}" if self.saved else "no state is saved yet"
+            self.on_trouble(f"could not save the stream: {error}; {kept}; going on")
+
+    def _take(self, latents: Tensor, block: int) -> None:
+        frames = self.stream.decode(latents)
+        self.rest = torch.cat([self.rest, frames]) if len(self.rest) else frames
+        if self.hashes is not None and self._error is None:
+            line = f"{block} {hashlib.sha256(frames.numpy()).hexdigest()}\n"
+            try:
+                append_line(self.hashes, line)
+            except OSError as error:
+                self._error = error
+        self._flush()
+
+    def _flush(self) -> None:
+        """Write what is decoded, up to the target; an error is kept for the thread that runs the stream."""
+        count = len(self.rest) if self.target is None else min(len(self.rest), self.target - self.written)
+        if count <= 0 or self._error is not None:
+            return
+        try:
+            self.writer.write(self.rest[:count])
+        except VideoWriteError as error:
+            self._error = error
+            return
+        self.written += count
+        self.rest = self.rest[count:]
+
+
+def save_somewhere(recorder: Recorder, places: list[Path]) -> tuple[Path | None, list[str]]:
+    """Save a stopped stream to the first place that takes it.
+
+    Args:
+        recorder: after :meth:`Recorder.run`.
+        places: files, the best first.
+
+    Returns:
+        The file, or None, and why the places before it did not do.
+    """
+    reasons: list[str] = []
+    for place in places:
+        try:
+            return recorder.save(place), reasons
+        except (NonFiniteError, VideoWriteError) as error:  # the same everywhere
+            return None, [*reasons, str(error)]
+        except OSError as error:
+            reasons.append(f"{place}: {error.strerror or error}")
+    return None, reasons
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line in one system call, so that a killed process leaves it whole or absent."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(handle, line.encode())
+    finally:
+        os.close(handle)
+
+
+def resident_bytes() -> int:
+    """Return the process's memory; where the system doesn't tell, the most it ever had."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
