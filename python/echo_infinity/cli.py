@@ -29,9 +29,11 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return 0 ok, 130 interrupted, 2 a request that can't be served, 1 otherwise."""
     args = _parser().parse_args(argv)
-    warnings.showwarning = _show_warning
     try:
-        return args.handler(args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            return args.handler(args)
     except UserError as error:
         print(f"echo-infinity: error: {'; '.join(str(error).splitlines())}", file=sys.stderr)
         return 2

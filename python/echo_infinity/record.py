@@ -123,12 +123,12 @@ class Recorder:
     def _take(self, latents: Tensor, block: int) -> None:
         frames = self.stream.decode(latents)
         self.rest = torch.cat([self.rest, frames]) if len(self.rest) else frames
-        if self.hashes is not None and self._error is None:
-            line = f"{block} {hashlib.sha256(frames.numpy()).hexdigest()}\n"
+        if self.hashes is not None:
+            line = f"{block} {hashlib.sha256(frames.numpy().data).hexdigest()}\n"
             try:
                 append_line(self.hashes, line)
             except OSError as error:
-                self._error = error
+                self._error = self._error or error
         self._flush()
 
     def _flush(self) -> None:
@@ -155,15 +155,15 @@ def save_somewhere(recorder: Recorder, places: list[Path]) -> tuple[Path | None,
     Returns:
         The file, or None, and why the places before it did not do.
     """
-    reasons: list[str] = []
-    for place in places:
-        try:
-            return recorder.save(place), reasons
-        except (NonFiniteError, VideoWriteError) as error:  # the same everywhere
-            return None, [*reasons, str(error)]
-        except OSError as error:
-            reasons.append(f"{place}: {error.strerror or error}")
-    return None, reasons
+    if not places:
+        return None, []
+    try:
+        return recorder.save(places[0]), []
+    except (NonFiniteError, VideoWriteError) as error:  # the same everywhere
+        return None, [str(error)]
+    except OSError as error:
+        saved, reasons = save_somewhere(recorder, places[1:])
+        return saved, [f"{places[0]}: {error.strerror or error}", *reasons]
 
 
 def append_line(path: Path, line: str) -> None:

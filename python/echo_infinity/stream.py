@@ -25,6 +25,7 @@ from echo_infinity.state import SavedStream, SavedVideo, environment, write_stat
 if TYPE_CHECKING:
     from echo_infinity.pipeline import EchoPipeline
 
+
 class AutosaveWarning(UserWarning):
     """A stream couldn't be saved on time; it goes on, and the state saved before is still there."""
 

@@ -4,7 +4,6 @@ import functools
 import tempfile
 
 import torch
-
 from echo_infinity.codec import Codec, CodecConfig
 from echo_infinity.config import EchoConfig, ModelConfig, SamplerConfig
 from echo_infinity.memory import EvolvingMemory, MemoryConfig

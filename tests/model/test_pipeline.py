@@ -4,13 +4,12 @@ import itertools
 
 import pytest
 import torch
-from numerics import assert_same_bits
-from small import CIRCLE, SQUARE, save_small, small_pipe
-
 from echo_infinity.noise import counter_noise
 from echo_infinity.pipeline import EchoPipeline
 from echo_infinity.sampler import NonFiniteError
 from echo_infinity.stream import AutosaveWarning
+from numerics import assert_same_bits
+from small import CIRCLE, SQUARE, save_small, small_pipe
 
 
 def take(stream, blocks):

@@ -7,16 +7,15 @@ import shutil
 
 import pytest
 import torch
-from numerics import assert_same_bits
-from safetensors import safe_open
-from safetensors.torch import save_file
-from small import CIRCLE, SQUARE, save_small, small_pipe
-
 from echo_infinity import state as state_module
 from echo_infinity.noise import counter_noise
 from echo_infinity.pipeline import EchoPipeline
 from echo_infinity.state import FORMAT, ResumeWarning, SavedVideo, check_writable, read_state, write_state
 from echo_infinity.video import VideoPosition
+from numerics import assert_same_bits
+from safetensors import safe_open
+from safetensors.torch import save_file
+from small import CIRCLE, SQUARE, save_small, small_pipe
 
 
 def take(stream, blocks):

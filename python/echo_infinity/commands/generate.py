@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
             return _failed(args, recorder, error)
         if not done:
             return _interrupted(args, recorder)
-        if args.save is not None or args.autosave is not None:
+        if args.save is not None or args.autosave is not None or args.resume is not None:
             kept, reasons = save_somewhere(recorder, [job.state])
             if kept is None:
                 _say(f"the video is complete, but the stream could not be saved: {reasons[-1]}")
@@ -97,7 +97,7 @@ def _prepare(args: argparse.Namespace) -> _Job:
     stream = _open_stream(args, pipe, saved)
     position, output = _find_video(args, saved)
     target = _target(args, saved, position, pipe.fps)
-    state = Path(args.save or args.resume or state_path(output))
+    state = Path(args.save or args.resume or state_path(args.output or output))
     hold_places(state, keep=args.resume, overwrite=args.overwrite)
     if args.raw_hashes is not None:
         append_line(args.raw_hashes, "")
@@ -171,12 +171,13 @@ def _target(
     args: argparse.Namespace, saved: SavedStream | None, position: VideoPosition | None, fps: int
 ) -> int | None:
     """Frames that the whole video is to have; None for endless."""
-    units = {"seconds": 1, "minutes": 60, "hours": 3600}
-    given = [(name, unit) for name, unit in units.items() if getattr(args, name) is not None]
     if args.endless:
         return None
+    units = {"seconds": 1, "minutes": 60, "hours": 3600}
+    given = [getattr(args, name) * unit for name, unit in units.items() if getattr(args, name) is not None]
+    target: int | None
     if given:
-        target = frame_count(getattr(args, given[0][0]) * given[0][1], fps)
+        target = frame_count(given[0], fps)
     elif args.frames is not None:
         target = args.frames
     elif saved is not None and saved.video is not None and position is not None:
@@ -237,7 +238,7 @@ def _resume_command(args: argparse.Namespace, state: Path) -> str:
 
 
 @contextlib.contextmanager
-def _progress(quiet: bool, target: int | None, first: int, fps: int) -> Iterator[object]:
+def _progress(quiet: bool, target: int | None, first: int, fps: int) -> Iterator[Callable[[int], None]]:
     """Show frames, speed and memory; a terminal's bar, nothing where the output is a file."""
     bar = tqdm(total=target, initial=first, unit="frame", mininterval=_EVERY, disable=True if quiet else None)
     begun, shown = time.monotonic(), [0.0]

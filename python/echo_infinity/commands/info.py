@@ -29,8 +29,9 @@ def lines() -> list[str]:
 def _describe(config: EchoConfig, bundled: bool) -> str:
     m, w = config.model, config.window
     memory = "no memory" if config.memory is None else f"{config.memory.tokens} memory tokens"
+    width, height = config.latent_columns * SPACE_STRIDE, config.latent_rows * SPACE_STRIDE
     return (
-        f"{config.latent_columns * SPACE_STRIDE} x {config.latent_rows * SPACE_STRIDE} pixels at {config.fps} frames/s, "
+        f"{width} x {height} pixels at {config.fps} frames/s, "
         f"{m.layers} layers x {m.width}, window {w.window_frames} latent frames, {memory}, "
         f"{len(config.sampler.steps)} steps; weights {'bundled' if bundled else 'not bundled'}"
     )

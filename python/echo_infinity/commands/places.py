@@ -31,12 +31,11 @@ def hold_places(state: Path, *, keep: Path | None, overwrite: bool) -> None:
         OSError: the folder can't be written.
     """
     resumed = keep is not None and state.exists() and state.samefile(keep)
-    if state.is_file() and not resumed:
-        if not overwrite:
-            raise FileExistsError(
-                f"a saved stream is at {state} already: go on with --resume {state}, give another --save, "
-                "or allow --overwrite"
-            )
+    if state.is_file() and not resumed and not overwrite:
+        raise FileExistsError(
+            f"a saved stream is at {state} already: go on with --resume {state}, give another --save, "
+            "or allow --overwrite"
+        )
     check_writable(state)
     if state.is_file() and not resumed:
         state.unlink()

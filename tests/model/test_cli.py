@@ -1,0 +1,424 @@
+"""The command line: what it makes, how it stops, and that bad requests end in one line and lose nothing."""
+
+import contextlib
+import os
+import resource
+import shlex
+import signal
+import threading
+import time
+
+import av
+import pytest
+import torch
+from echo_infinity import cli
+from echo_infinity.record import append_line
+from echo_infinity.state import read_state
+from echo_infinity.video import open_writer
+from small import CIRCLE, SQUARE, save_small
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_small(tmp_path_factory.mktemp("models") / "small"))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Every test works in a folder of its own, and leaves the threads as they were."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def echo(model, capsys):
+    """Run ``echo-infinity generate`` with these words on the small model: (exit code, stdout, stderr)."""
+
+    def run(*words):
+        capsys.readouterr()
+        resumed = "--resume" in words
+        code = cli.main(["generate", *map(str, words), *([] if resumed else ["--model", model])])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def frames_of(path):
+    """Presentation times of an mp4's frames, in frames."""
+    with av.open(str(path)) as video:
+        stream = video.streams.video[0]
+        return [round(float(f.pts * stream.time_base * stream.average_rate)) for f in video.decode(stream)]
+
+
+def hashes_of(path):
+    """Block -> hash; lines of the same block must agree."""
+    found = {}
+    for line in path.read_text().splitlines():
+        block, digest = line.split()
+        assert found.setdefault(int(block), digest) == digest, f"block {block} differs between runs"
+    return [found[i] for i in range(len(found))]
+
+
+@contextlib.contextmanager
+def stopping(number, after=0.4):
+    """Send a signal to this process once its generation is under way."""
+    timer = threading.Timer(after, os.kill, (os.getpid(), number))
+    timer.start()
+    yield
+    timer.join()
+
+
+def test_a_video_has_exactly_the_length_asked_for(echo, folder):
+    code, out, err = echo(CIRCLE, "--seconds", 2.5, "-o", "out.mp4")
+    assert (code, err) == (0, "")
+    assert "40 frames, 2.50 s" in out
+    assert frames_of("out.mp4") == list(range(40))
+    assert sorted(os.listdir(folder)) == ["home", "out.mp4"]  # a finished run leaves no state behind
+
+
+@pytest.mark.parametrize(
+    ("words", "frames"), [(["--minutes", 0.02], 19), (["--hours", 0.0005], 29), (["--frames", 5], 5)]
+)
+def test_lengths_come_in_several_units(echo, words, frames):
+    code, out, _ = echo(CIRCLE, *words, "--no-video")
+    assert code == 0
+    assert f"no video: {frames} frames" in out
+
+
+def test_pictures_go_to_a_folder(echo, folder):
+    assert echo(CIRCLE, "--frames", 10, "-o", "pictures")[0] == 0
+    assert len(list((folder / "pictures").glob("*.png"))) == 10
+
+
+def test_the_video_keeps_prompt_and_seed(echo):
+    echo(CIRCLE, "--frames", 9, "--seed", 5, "-o", "out.mp4")
+    with av.open("out.mp4") as video:
+        assert (video.metadata["prompt"], video.metadata["seed"]) == (CIRCLE, "5")
+
+
+def test_a_saved_video_can_be_made_longer_without_a_seam(echo, folder):
+    assert echo(CIRCLE, "--frames", 60, "-o", "whole.mp4", "--raw-hashes", "whole.txt")[0] == 0
+    assert echo(CIRCLE, "--frames", 31, "-o", "a.mp4", "--save", "a.safetensors", "--raw-hashes", "a.txt")[0] == 0
+    assert len(read_state("a.safetensors").tensors["video.rest"]) == 2  # of 33 generated frames
+    assert echo("--resume", "a.safetensors", "--frames", 60, "--raw-hashes", "a.txt")[0] == 0
+    assert hashes_of(folder / "a.txt") == hashes_of(folder / "whole.txt")
+    assert frames_of("a.mp4") == list(range(60))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_printed_command_goes_on(echo, folder, number):
+    before = signal.getsignal(number)
+    with stopping(number):
+        code, out, err = echo(CIRCLE, "--endless", "-o", "out.mp4", "--raw-hashes", "h.txt")
+    assert (code, out) == (130, "")
+    assert signal.getsignal(number) is before
+    (command,) = [line for line in err.splitlines() if line.startswith("  echo-infinity generate --resume ")]
+    blocks = read_state("out.state.safetensors").meta["blocks"]
+    frames = 12 * blocks - 3
+    assert frames_of("out.mp4") == list(range(frames))
+    assert f"stopped after {frames} frames" in err
+    assert echo(*shlex.split(command)[2:], "--frames", frames + 20)[0] == 0
+    assert frames_of("out.mp4") == list(range(frames + 20))
+    assert len(hashes_of(folder / "h.txt")) == blocks + 2
+
+
+def test_a_second_signal_stops_at_once(echo, monkeypatch):
+    def never(self, stop):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr("echo_infinity.record.Recorder.run", never)
+    assert echo(CIRCLE, "--endless", "--no-video")[0] == 130
+
+
+def test_a_prompt_beside_resume_takes_over_at_the_next_block(echo):
+    echo(CIRCLE, "--frames", 33, "--no-video", "--save", "s.safetensors")
+    assert echo(SQUARE, "--resume", "s.safetensors", "--frames", 50)[0] == 0
+    changes = [(c["prompt"], c["block"]) for c in read_state("s.safetensors").meta["prompts"]]
+    assert changes == [(CIRCLE, 0), (SQUARE, 3)]
+
+
+def test_resume_keeps_memory_threads_and_model(echo, model):
+    echo(CIRCLE, "--frames", 9, "--no-video", "--save", "s.safetensors", "--memory", "frozen", "--threads", 2)
+    torch.set_num_threads(1)
+    code, _, err = echo("--resume", "s.safetensors", "--frames", 20)
+    assert (code, err) == (0, "")  # no warning of another thread count
+    meta = read_state("s.safetensors").meta
+    assert (meta["memory"], meta["source"], meta["environment"]["threads"]) == ("frozen", model, 2)
+
+
+def test_a_resumed_stream_may_start_another_video(echo):
+    echo(CIRCLE, "--frames", 33, "-o", "one.mp4", "--save", "s.safetensors")
+    assert echo("--resume", "s.safetensors", "--frames", 20, "-o", "two.mp4")[0] == 0
+    assert frames_of("one.mp4") == list(range(33))
+    assert frames_of("two.mp4") == list(range(20))
+
+
+def test_a_moved_video_is_found_where_it_is_said_to_be(echo):
+    echo(CIRCLE, "--frames", 33, "-o", "one.mp4", "--save", "s.safetensors")
+    os.rename("one.mp4", "moved.mp4")
+    code, _, err = echo("--resume", "s.safetensors", "--frames", 40)
+    assert code == 2
+    assert "the file is gone" in err
+    assert echo("--resume", "s.safetensors", "--frames", 40, "-o", "moved.mp4")[0] == 0
+    assert frames_of("moved.mp4") == list(range(40))
+
+
+@contextlib.contextmanager
+def disk_of(size):
+    """Let no file grow past ``size`` bytes, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_a_playable_video_and_a_stream_that_goes_on(echo, folder):
+    echo(CIRCLE, "--frames", 400, "-o", "whole.mp4", "--raw-hashes", "whole.txt")
+    state_bytes = 110_000  # the small state fits, all of the video doesn't
+    assert os.path.getsize("whole.mp4") > state_bytes
+    with disk_of(state_bytes):
+        code, _, err = echo(CIRCLE, "--frames", 400, "-o", "out.mp4", "--raw-hashes", "h.txt")
+    assert code == 1
+    assert "the video so far is playable" in err
+    written = frames_of("out.mp4")
+    assert 0 < len(written) < 400
+    assert written == list(range(len(written)))
+    assert echo("--resume", "out.state.safetensors", "--raw-hashes", "h.txt")[0] == 0
+    assert frames_of("out.mp4") == list(range(400))
+    assert hashes_of(folder / "h.txt") == hashes_of(folder / "whole.txt")
+
+
+def test_a_state_that_finds_no_room_goes_elsewhere_and_the_old_one_stays(echo, folder, monkeypatch):
+    echo(CIRCLE, "--frames", 33, "--no-video", "--save", "s.safetensors")
+    good = (folder / "s.safetensors").read_bytes()
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(folder / "missing"))
+    from echo_infinity import state
+
+    save = state.save_file
+
+    def full(tensors, path, metadata):
+        if path.parent.samefile(folder):
+            raise OSError(28, "No space left on device")
+        save(tensors, path, metadata)
+
+    monkeypatch.setattr(state, "save_file", full)
+    with stopping(signal.SIGINT):
+        code, _, err = echo("--resume", "s.safetensors", "--endless")
+    assert code == 130
+    assert "could not save the stream: s.safetensors: No space left on device" in err
+    (elsewhere,) = (folder / "home").glob("*s.safetensors")
+    assert f"--resume {elsewhere}" in err
+    assert (folder / "s.safetensors").read_bytes() == good
+    assert read_state(elsewhere).meta["frames"] > 33
+
+
+def test_without_any_room_the_last_good_state_is_named(echo, folder, monkeypatch):
+    echo(CIRCLE, "--frames", 33, "--no-video", "--save", "s.safetensors")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("echo_infinity.state.save_file", full)
+    with stopping(signal.SIGINT):
+        code, _, err = echo("--resume", "s.safetensors", "--endless", "--autosave", 0.1)
+    assert code == 130
+    assert "going on" in err  # autosaves failed and did not end the run
+    assert "the last good state is kept; go on from it with:\n  echo-infinity generate --resume s.safetensors" in err
+    assert read_state("s.safetensors").meta["frames"] == 33
+
+
+def test_nan_ends_the_run_and_keeps_the_last_good_state(echo, monkeypatch):
+    from echo_infinity import noise, stream
+
+    def broken(seed):
+        good = noise.counter_noise(seed)
+        return lambda block, step, shape: good(block, step, shape) * (float("nan") if block == 4 else 1.0)
+
+    monkeypatch.setattr(stream, "counter_noise", broken)
+    code, _, err = echo(CIRCLE, "--frames", 100, "-o", "out.mp4", "--autosave", 0)
+    assert code == 1
+    assert "block 4 holds NaN or Inf" in err
+    assert "--resume out.state.safetensors" in err
+    assert len(frames_of("out.mp4")) == 45
+    monkeypatch.setattr(stream, "counter_noise", noise.counter_noise)
+    assert echo("--resume", "out.state.safetensors")[0] == 0
+    assert frames_of("out.mp4") == list(range(100))
+
+
+BAD = [
+    ([CIRCLE, "--seconds", 0, "--no-video"], "the length must be a positive number of seconds, got 0.0"),
+    ([CIRCLE, "--seconds", -3, "--no-video"], "the length must be a positive number of seconds, got -3.0"),
+    ([CIRCLE, "--seconds", "nan", "--no-video"], "the length must be a positive number of seconds, got nan"),
+    ([CIRCLE, "--frames", 0, "--no-video"], "the length must be at least one frame, got 0"),
+    ([CIRCLE, "--no-video"], "how long? Give --seconds"),
+    ([CIRCLE, "--seconds", 1], "where should the video go? Give -o"),
+    (["--seconds", 1, "--no-video"], "what should it show? Give a prompt"),
+    (["", "--seconds", 1, "-o", "x.mp4"], "the prompt is empty"),
+    (["red " * 13, "--seconds", 1, "-o", "x.mp4"], "the prompt has 13 words, this model reads at most 12"),
+    ([CIRCLE, "--seconds", 1, "-o", "x.mp4", "--seed", -1], "seed must be a whole number in 0 .. 9223372036854775807"),
+    ([CIRCLE, "--seconds", 1, "-o", "x.mp4", "--seed", 2**63], "seed must be a whole number"),
+    ([CIRCLE, "--seconds", 1, "-o", "x.avi"], "suffix .avi, expected .mp4"),
+    ([CIRCLE, "--seconds", 1, "-o", "no/x.mp4"], "no"),
+    (
+        [CIRCLE, "--seconds", 1, "-o", "x.mp4", "--save", "no/s.safetensors"],
+        "can't save the stream to no/s.safetensors",
+    ),
+    ([CIRCLE, "--seconds", 1, "-o", "x.mp4", "--raw-hashes", "no/h"], "No such file or directory: 'no/h'"),
+    ([CIRCLE, "--seconds", 1, "-o", "x.mp4", "--threads", 0], "--threads must be at least 1, got 0"),
+    ([CIRCLE, "--seconds", 1, "-o", "x.mp4", "--autosave", -1], "--autosave is seconds >= 0, got -1.0"),
+    (["--resume", "none.safetensors"], "no saved stream at none.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[message[:30] for _, message in BAD])
+def test_a_bad_request_is_one_line_and_leaves_no_file(echo, folder, words, message):
+    code, out, err = echo(*words)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.startswith("echo-infinity: error: ")
+    assert err.count("\n") == 1
+    assert os.listdir(folder) == ["home"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seed", "x"], "invalid int value: 'x'"),
+        (["--memory", "half"], "invalid choice: 'half'"),
+        (["--seconds", "1", "--frames", "16"], "not allowed with argument"),
+    ],
+)
+def test_what_the_parser_refuses_is_one_line_too(capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["generate", CIRCLE, *words])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_unknown_models_and_broken_weights_are_user_errors(echo, folder, model, capsys):
+    for name, message in [("no-such", "no model 'no-such'"), ("wan2.1-1.3b", "ships without weights")]:
+        assert cli.main(["generate", CIRCLE, "--seconds", "1", "-o", "x.mp4", "--model", name]) == 2
+        assert message in capsys.readouterr().err
+    broken = save_small(folder / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert cli.main(["generate", CIRCLE, "--seconds", "1", "-o", "x.mp4", "--model", str(broken)]) == 2
+    assert "corrupt or truncated" in capsys.readouterr().err
+    assert not os.path.exists("x.mp4")
+
+
+def test_a_video_that_is_there_is_never_touched_without_overwrite(echo, folder):
+    (folder / "out.mp4").write_bytes(b"a film of mine")
+    code, _, err = echo(CIRCLE, "--frames", 9, "-o", "out.mp4")
+    assert code == 2
+    assert "it exists already" in err
+    assert (folder / "out.mp4").read_bytes() == b"a film of mine"
+    assert echo(CIRCLE, "--frames", 9, "-o", "out.mp4", "--overwrite")[0] == 0
+    assert len(frames_of("out.mp4")) == 9
+
+
+def test_a_state_that_is_there_is_never_replaced_without_overwrite(echo, folder):
+    echo(CIRCLE, "--frames", 33, "-o", "out.mp4", "--autosave", 60)
+    good = (folder / "out.state.safetensors").read_bytes()
+    os.remove("out.mp4")
+    code, _, err = echo(CIRCLE, "--frames", 9, "-o", "out.mp4")
+    assert code == 2
+    assert "go on with --resume" in err
+    assert (folder / "out.state.safetensors").read_bytes() == good
+    assert echo(CIRCLE, "--frames", 9, "-o", "out.mp4", "--overwrite")[0] == 0
+    assert not (folder / "out.state.safetensors").exists()
+
+
+def test_a_damaged_state_leaves_the_video_alone(echo, folder):
+    echo(CIRCLE, "--frames", 33, "-o", "out.mp4", "--save", "s.safetensors")
+    video, state = (folder / "out.mp4").read_bytes(), folder / "s.safetensors"
+    state.write_bytes(state.read_bytes()[:-10])
+    code, _, err = echo("--resume", "s.safetensors", "--frames", 60)
+    assert code == 2
+    assert "corrupt or truncated" in err
+    assert (folder / "out.mp4").read_bytes() == video
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--frames", 33], "the video has 33 frames (2.06 s) already: ask for more"),
+        ([], "the video has 33 frames"),
+        (["--frames", 50, "--seed", 3], "--seed of a resumed stream can't change: it is 0"),
+        (["--frames", 50, "--memory", "off"], "--memory of a resumed stream can't change: it is on"),
+    ],
+)
+def test_what_a_resumed_stream_can_not_do_is_said(echo, words, message):
+    echo(CIRCLE, "--frames", 33, "-o", "out.mp4", "--save", "s.safetensors")
+    code, _, err = echo("--resume", "s.safetensors", *words)
+    assert code == 2
+    assert message in err
+
+
+def test_unknown_words_are_a_warning_line(echo):
+    code, _, err = echo("a red zebra drifts over a dark field", "--frames", 9, "--no-video")
+    assert code == 0
+    assert err.startswith("echo-infinity: warning: unknown words left out: zebra")
+
+
+def test_no_video_with_resume_counts_on(echo):
+    echo(CIRCLE, "--frames", 33, "--no-video", "--save", "s.safetensors")
+    code, out, _ = echo("--resume", "s.safetensors", "--frames", 45)
+    assert code == 0
+    assert "no video: 45 frames" in out
+
+
+def test_a_line_is_appended_whole(folder):
+    append_line(folder / "h.txt", "0 abc\n")
+    append_line(folder / "h.txt", "1 def\n")
+    assert (folder / "h.txt").read_text() == "0 abc\n1 def\n"
+
+
+def test_info_names_versions_build_and_presets(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    for word in (
+        "echo-infinity 0.",
+        f"torch {torch.__version__}",
+        "why_no_kernels",
+        "tiny: 64 x 64",
+        "wan2.1-1.3b: 832",
+    ):
+        assert word in out
+
+
+def test_delegated_commands_take_their_modules_options(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "codec", "--help"])
+    assert stop.value.code == 0
+    assert "--latent-frames" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "codec", "--no-such-option"])
+    assert stop.value.code == 2
+
+
+def test_a_png_video_resumes_too(echo, folder):
+    echo(CIRCLE, "--frames", 20, "-o", "pictures", "--save", "s.safetensors")
+    assert echo("--resume", "s.safetensors", "--frames", 30)[0] == 0
+    assert len(list((folder / "pictures").glob("*.png"))) == 30
+
+
+def test_the_frames_in_the_video_are_the_streams_frames(echo):
+    echo(CIRCLE, "--frames", 33, "-o", "out.mp4", "--raw-hashes", "h.txt")
+    echo(CIRCLE, "--frames", 33, "-o", "again.mp4", "--raw-hashes", "again.txt")
+    with open("out.mp4", "rb") as one, open("again.mp4", "rb") as two:
+        assert one.read() == two.read()
+    with open("h.txt") as one, open("again.txt") as two:
+        assert one.read() == two.read()
+    assert open_writer(None, width=32, height=32).position().frames == 0
