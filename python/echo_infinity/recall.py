@@ -56,7 +56,7 @@ class StreamMemory:
         self.writes = 0
         self.pending: list[KV] = []
         self._next: Tensor | None = None
-        self._read: tuple[tuple[int, range], list[KV]] | None = None
+        self._read: tuple[tuple[int, range, bool], list[KV]] | None = None
 
     @property
     def active(self) -> bool:
@@ -121,13 +121,13 @@ class StreamMemory:
 
     def detach(self) -> None:
         """Cut the state's history: the boundary of truncated back-propagation."""
-        self.state = self.state.detach()
+        self.state, self._read = self.state.detach(), None
 
     def read(self, call: Call) -> list[KV] | None:
         """Rotated keys and values ``(B, M * T_m, H, d)`` of every layer, or None where the call reads no memory."""
         if not self.active or not len(call.ids.memory):
             return None
-        version = (self.writes, call.ids.memory)
+        version = (self.writes, call.ids.memory, torch.is_grad_enabled())  # a read without gradient serves no training
         if self._read is None or self._read[0] != version:
             self._read = version, self._project(call)
         return self._read[1]
