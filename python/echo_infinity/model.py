@@ -55,7 +55,7 @@ class CausalDiT(nn.Module):
         self.time_embedding = nn.Sequential(nn.Linear(config.time_width, d), nn.SiLU(), nn.Linear(d, d))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.head = Head(d, ph * pw * config.latent_channels)
+        self.head = Head(d, ph * pw * config.latent_channels, config.eps)
 
     def encode_text(self, embeddings: Tensor) -> list[KV]:
         """Project a prompt to each layer's cross-attention K/V, once per prompt.
@@ -231,16 +231,17 @@ class CrossAttention(nn.Module):
 class Head(nn.Module):
     """Modulated norm and projection to latent patches."""
 
-    def __init__(self, width: int, out: int) -> None:
+    def __init__(self, width: int, out: int, eps: float) -> None:
         super().__init__()
+        self.eps = eps
         self.modulation = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
         self.head = nn.Linear(width, out)
 
     def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
-        return self.head(modulate(x, *modulation))
+        return self.head(modulate(x, *modulation, self.eps))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """LayerNorm without weights, then ``* scale + shift`` per frame.
 
     Args:
