@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from echo_infinity.cache import KV, Call, Geometry, RingKV
 from echo_infinity.config import EchoConfig
-from echo_infinity.memory import EvolvingMemory
+from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.model import CausalDiT, Conditioning
 from echo_infinity.noise import Noise
 from echo_infinity.recall import StreamMemory
@@ -27,10 +28,15 @@ class Generator:
         config: geometry and sampler settings.
         model: the DiT.
         memory: the evolving memory; None streams without one.
+
+    Raises:
+        ValueError: the memory is not the one that ``config`` describes.
     """
 
     def __init__(self, config: EchoConfig, model: CausalDiT, memory: EvolvingMemory | None) -> None:
         s = config.sampler
+        if memory is not None and _thawed(memory.config) != _thawed(config.memory):
+            raise ValueError(f"memory is {memory.config}, the configuration says {config.memory}")
         self.config, self.model, self.memory = config, model, memory
         self.device, self.dtype = model.head.head.weight.device, model.head.head.weight.dtype
         self.schedule = FlowSchedule(s.shift)
@@ -43,6 +49,11 @@ class Generator:
         if t not in self._levels:
             self._levels[t] = self.model.condition(torch.full((1, 1), t, device=self.device))
         return self._levels[t]
+
+
+def _thawed(memory: MemoryConfig | None) -> MemoryConfig | None:
+    """``memory`` that writes: freezing it is an ablation, not another geometry."""
+    return memory and replace(memory, frozen=False)
 
 
 class BlockSampler:
@@ -154,12 +165,12 @@ class BlockSampler:
         w = self.generator.config.window
         saved = None
         if self.frame <= w.window_frames:  # all frames so far, the sink among them
-            call = self._call(0, self.frame)
+            call = self._call(0, self.frame, recache=True)
             saved = self.cache.copy_sink() if global_sink else None
         elif global_sink:
-            call = self._call(self.frame - w.local_frames, w.local_frames)
+            call = self._call(self.frame - w.local_frames, w.local_frames, recache=True)
         else:
-            call = self._call(self.frame - w.window_frames, w.window_frames, sink_ids=False)
+            call = self._call(self.frame - w.window_frames, w.window_frames, recache=True, sink_ids=False)
         flow = self._flow(self._recent(call.frames), 0.0, call)
         if saved is not None:
             self.cache.restore_sink(saved)
@@ -204,8 +215,10 @@ class BlockSampler:
         """Clean latents of the last ``frames`` frames, oldest first."""
         return self.window[:, [f % self.window.shape[1] for f in range(self.frame - frames, self.frame)]]
 
-    def _call(self, start: int, frames: int, *, sink_ids: bool = True) -> Call:
+    def _call(self, start: int, frames: int, *, recache: bool = False, sink_ids: bool = True) -> Call:
         memory_frames = 0 if self.memory is None else self.memory.module.config.frames
+        if recache and self.generator.config.window.relative:  # even where the local frames are no more than a block
+            memory_frames = 0
         return self.generator.geometry.call(start, frames, memory_frames=memory_frames, sink_ids=sink_ids)
 
     def _flow(self, x: Tensor, t: float, call: Call, *, output: bool = True) -> Tensor | None:
