@@ -123,6 +123,8 @@ class EchoConfig:
             )
         if m.layers < memory.groups:
             raise ValueError(f"{memory.groups} memory groups need at least as many layers, got {m.layers}")
+        if memory.sink_anchor and w.sink_frames == 0:
+            raise ValueError("memory sink_anchor reads the sink, but sink_frames is 0: keep a sink or turn it off")
         if w.relative and memory.frames > w.frames_per_block:
             raise ValueError(
                 f"memory frames {memory.frames} > frames_per_block {w.frames_per_block}: ids would overlap the sink"
