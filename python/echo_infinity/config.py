@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from echo_infinity.memory import MemoryConfig
+from echo_infinity.schedule import TRAIN_STEPS
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,10 @@ class SamplerConfig:
             raise ValueError(f"solver must be 'renoise' (distilled models) or 'euler', got {self.solver!r}")
         if not self.steps or any(a <= b for a, b in zip(self.steps, self.steps[1:], strict=False)):
             raise ValueError(f"steps must fall from noise to clean and not be empty, got {self.steps}")
+        if not all(0 <= s <= TRAIN_STEPS for s in self.steps):
+            raise ValueError(f"steps must lie in 0 .. {TRAIN_STEPS}, got {self.steps}")
+        if self.shift <= 0:
+            raise ValueError(f"shift must be positive, got {self.shift}")
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,10 @@ class FlowSchedule:
         """Map steps such as 750 to the timestep at index ``1000 - 750`` of the shifted table.
 
         Raises:
-            ValueError: a step is outside 0 .. 1000.
+            ValueError: a step is no whole number in 0 .. 1000.
         """
-        if any(not 0 <= s <= TRAIN_STEPS for s in steps):
-            raise ValueError(f"steps must lie in 0 .. {TRAIN_STEPS}, got {steps}")
+        if any(s not in range(TRAIN_STEPS + 1) for s in steps):
+            raise ValueError(f"steps must be whole numbers in 0 .. {TRAIN_STEPS}, got {steps}")
         table = [*self.timesteps.tolist(), 0.0]
         return [table[TRAIN_STEPS - int(s)] for s in steps]
 
