@@ -80,18 +80,17 @@ def recall(checkpoint: Checkpoint, test: RecallTest, mode: str = "on") -> Recall
             f"absence {test.absence} blocks = {test.absence * w.frames_per_block} frames is not longer than the "
             f"window of {w.window_frames}"
         )
-    hits: list[float] = []
+    hits: list[bool] = []
     shares: list[float] = []
     for first in tqdm(range(0, test.scenes, test.batch), desc=f"recall, memory {mode}", mininterval=2.0):
-        worlds = [_world(test, test.seed + i) for i in range(first, min(first + test.batch, test.scenes))]
+        worlds = [scene(test, test.seed + i) for i in range(first, min(first + test.batch, test.scenes))]
         frames = reopening(checkpoint, worlds, test, mode, noise_seed=test.seed + first)
         for world, video in zip(worlds, frames, strict=True):
-            for colour, pixels in _object_pixels(world, video, block_start(test.reopening)):
-                right = nearest_colour(pixels) == COLOUR_NAMES.index(colour)
-                shares.append(right.float().mean().item())
-                hits.append(float(nearest_colour(pixels).bincount(minlength=8).argmax() == COLOUR_NAMES.index(colour)))
+            for hit, share in object_scores(world, video, block_start(test.reopening)):
+                hits.append(hit)
+                shares.append(share)
     colour, n = sum(hits) / len(hits), len(hits)
-    low, high = _wilson(colour, n)
+    low, high = wilson(colour, n)
     return RecallScore(mode, colour, low, high, sum(shares) / n, n)
 
 
@@ -147,13 +146,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _world(test: RecallTest, seed: int) -> World:
+def scene(test: RecallTest, seed: int) -> World:
+    """Return a world whose prompt names no object, with the curtain on the test's schedule."""
     closed = [True] + [False] * test.sight + [True] * test.absence + [False] * 4
     return World.from_seed(seed, "curtain", name_objects=False, curtain_blocks=closed)
 
 
-def _object_pixels(world: World, video: Tensor, start: int) -> list[tuple[str, Tensor]]:
-    """Per object its colour's name and its true pixels, gathered over the frames with the curtain fully open."""
+def object_scores(world: World, video: Tensor, start: int) -> list[tuple[bool, float]]:
+    """Score each object in the frames with the curtain fully open.
+
+    Args:
+        world: the truth.
+        video: ``(N, 3, H, W)`` uint8 frames.
+        start: number of the first one.
+
+    Returns:
+        Per object in sight: whether most of its true pixels have its colour as the nearest one, and their share.
+    """
     found: dict[int, list[Tensor]] = {}
     for i, frame in enumerate(video):
         if world.curtain(start + i) > 0:
@@ -161,11 +170,16 @@ def _object_pixels(world: World, video: Tensor, start: int) -> list[tuple[str, T
         for number, mask in enumerate(world.masks(start + i)):
             if mask.sum() >= 20:  # a sliver behind another object has no colour to speak of
                 found.setdefault(number, []).append(frame.permute(1, 2, 0)[mask])
-    return [(world.objects[number].colour, torch.cat(pixels)) for number, pixels in found.items()]
+    scores = []
+    for number, pixels in found.items():
+        colours, right = nearest_colour(torch.cat(pixels)), COLOUR_NAMES.index(world.objects[number].colour)
+        most = int(colours.bincount(minlength=len(COLOUR_NAMES)).argmax())
+        scores.append((most == right, (colours == right).float().mean().item()))
+    return scores
 
 
-def _wilson(share: float, n: int) -> tuple[float, float]:
-    """95 % Wilson interval of a share of ``n``."""
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson interval of a share of ``n``."""
     z = 1.96
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5

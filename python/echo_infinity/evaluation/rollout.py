@@ -7,8 +7,10 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -98,12 +100,10 @@ def contact_sheet(frames: Tensor, path: Path, gap: int = 2) -> None:
 
 def write_png(path: Path, picture: Tensor) -> None:
     """Write ``(H, W, 3)`` uint8 as a PNG."""
-    import av
-
     with open(path, "wb") as file:
         encoder = av.CodecContext.create("png", "w")
         encoder.width, encoder.height, encoder.pix_fmt = picture.shape[1], picture.shape[0], "rgb24"
-        encoder.time_base = "1/1"
+        encoder.time_base = Fraction(1)
         frame = av.VideoFrame.from_ndarray(picture.contiguous().numpy(), format="rgb24")
         for packet in [*encoder.encode(frame), *encoder.encode(None)]:
             file.write(bytes(packet))
