@@ -115,10 +115,10 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
         outcome = break_and_resume(args.model, Path(folder), kills=args.kills, frames=frames, seed=args.seed)
-    sys.stdout.write(f"{outcome.kills} kills, the states then held {outcome.resumed_at} frames" + "\n")
-    sys.stdout.write(f"raw frames of every block as in the unbroken run: {outcome.same_frames}" + "\n")
+    sys.stdout.write(f"{outcome.kills} kills, the states then held {outcome.resumed_at} frames\n")
+    sys.stdout.write(f"raw frames of every block as in the unbroken run: {outcome.same_frames}\n")
     rising = outcome.times == list(range(frames))
-    sys.stdout.write(f"mp4: {len(outcome.times)} frames of {frames}, timestamps 0, 1, 2, ...: {rising}" + "\n")
+    sys.stdout.write(f"mp4: {len(outcome.times)} frames of {frames}, timestamps 0, 1, 2, ...: {rising}\n")
     return 0 if outcome.ok(frames) else 1
 
 
