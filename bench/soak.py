@@ -128,7 +128,8 @@ def main() -> int:
     verdict = judge(trace, args.warmup, args.span)
     sys.stdout.write(
         f"memory after {args.blocks} blocks over after {args.warmup}: {verdict.growth:.4f} (at most {MAX_GROWTH})\n"
-        f"time of the last {args.span} blocks over the first {args.span} after that: {verdict.raw_slowdown:.4f}, of the matrix product {verdict.product_slowdown:.4f}, "
+        f"time of the last {args.span} blocks over the first {args.span} after that: {verdict.raw_slowdown:.4f}, "
+        f"of the matrix product {verdict.product_slowdown:.4f}, "
         f"quotient {verdict.slowdown:.4f} (at most {MAX_SLOWDOWN})\n"
         f"median block {statistics.median(trace.block) * 1e3:.1f} ms; trace in {args.out}\n"
     )
