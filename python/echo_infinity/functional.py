@@ -89,11 +89,9 @@ class FunctionalKV:
         return runs
 
     def _attention(self, q: Tensor, held: _Held, call: Call, memory: KV | None) -> Tensor:
-        split = call.slots.sink * self.tokens_per_frame
-        keys, values = [held.k], [held.v]
-        fixed = [] if call.shift is None else [(held.k[:, :split], held.v[:, :split])]
-        if call.shift is not None:
-            keys, values = [held.k[:, split:]], [held.v[:, split:]]
+        split = 0 if call.shift is None else call.slots.sink * self.tokens_per_frame
+        keys, values = [held.k[:, split:]], [held.v[:, split:]]
+        fixed = [(held.k[:, :split], held.v[:, :split])] if split else []
         if memory is not None:
             fixed.append(memory)
         # Turning sink and memory keys the other way equals turning the query: scores depend on differences.
