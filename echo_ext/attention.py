@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from echo_ext._dispatch import Backend, use_reference, why_not_kernel
-from echo_ext.rope import axis_pairs, frame_table
+from echo_ext.rope import axis_pairs, expand_shift, frame_table, rotate_pairs
 
 KV = tuple[Tensor, Tensor]
 
@@ -86,13 +86,7 @@ def frame_shift(relative_id: int | Tensor, absolute_id: int | Tensor, head_dim: 
 
 def shift_queries(q: Tensor, shift: Tensor) -> Tensor:
     """Turn the temporal pairs of ``q`` ``(B, T, H, d)`` by ``shift`` ``(B or 1, n_t, 2)``; rows and columns stay."""
-    n_t = shift.shape[1]
-    wide = q.to(torch.promote_types(q.dtype, torch.float32))
-    temporal = wide[..., : 2 * n_t].unflatten(-1, (n_t, 2))  # (B, T, H, n_t, 2)
-    cos, sin = shift[:, None, None].unbind(-1)  # (B or 1, 1, 1, n_t)
-    x0, x1 = temporal.unbind(-1)
-    turned = torch.stack([x0 * cos - x1 * sin, x0 * sin + x1 * cos], dim=-1).flatten(-2)
-    return torch.cat([turned, wide[..., 2 * n_t :]], dim=-1).to(q.dtype)
+    return rotate_pairs(q, *expand_shift(shift, q.shape[-1]))
 
 
 def stream_attention_ref(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale) -> tuple[Tensor, Tensor]:
@@ -109,19 +103,18 @@ def stream_attention_ref(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, r
 
 
 def _merge_tiers(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale) -> tuple[Tensor, Tensor]:
-    """The fallback: the library's attention on each tier in place, joined by their log-sum-exps."""
+    """The fallback: the library's attention on each tier in place, joined by their LSEs, returned (tiers, B, H, Tq)."""
     turned = q if shift is None else shift_queries(q, shift)
     tiers = [(turned, sink_k, sink_v), (turned, memory_k, memory_v), (q, ring_k, ring_v)]
     parts = [_tier(x, k, v, scale) for x, k, v in tiers if k is not None and k.shape[1]]
-    out, lse = parts[0]
-    if len(parts) > 1:
-        lses = torch.stack([lse for _, lse in parts])  # (tiers, B, H, Tq)
-        weights = lses.softmax(dim=0).transpose(2, 3)[..., None]  # (tiers, B, Tq, H, 1)
-        out = weights[0] * parts[0][0]
-        for weight, (part, _) in zip(weights[1:], parts[1:], strict=True):
-            out = torch.addcmul(out, weight, part.to(out.dtype))
-        lse = lses.logsumexp(dim=0)
-    return out.to(q.dtype), lse
+    lses = torch.stack([lse for _, lse in parts])
+    if len(parts) == 1:
+        return parts[0][0], lses
+    weights = lses.softmax(dim=0).transpose(2, 3)[..., None]  # (tiers, B, Tq, H, 1)
+    out = weights[0] * parts[0][0]
+    for weight, (part, _) in zip(weights[1:], parts[1:], strict=True):
+        out = torch.addcmul(out, weight, part.to(out.dtype))
+    return out.to(q.dtype), lses
 
 
 def _tier(q: Tensor, k: Tensor, v: Tensor, scale: float) -> KV:
@@ -199,8 +192,8 @@ def _fake(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale):
 
 
 def _impl(*args: object) -> Sequence[Tensor]:
-    out, lse = _merge_tiers(*args)
-    return out.contiguous(), lse.float().contiguous()
+    out, lses = _merge_tiers(*args)
+    return out.contiguous(), lses.float().logsumexp(dim=0)
 
 
 _LIB.impl("stream_attention", _impl, "CPU")

@@ -169,14 +169,13 @@ def width_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """RMS-normalise ``x`` ``(B, T, H, d)`` over all heads together, in float32; None passes ``x`` through."""
     if weight is None:
         return x
-    flat = x.flatten(-2)
-    wide = flat.to(torch.promote_types(x.dtype, torch.float32))
-    return nnf.rms_norm(wide, flat.shape[-1:], weight.to(wide.dtype), eps).to(x.dtype).view(x.shape)
+    wide = x.flatten(-2).to(torch.promote_types(x.dtype, torch.float32))
+    return nnf.rms_norm(wide, wide.shape[-1:], weight.to(wide.dtype), eps).to(x.dtype).view(x.shape)
 
 
 def _write(ring: Tensor, x: Tensor, slots: Tensor) -> None:
-    tokens = x.shape[1] // slots.shape[1]
-    ring, x = ring.unflatten(1, (-1, tokens)), x.unflatten(1, (-1, tokens))  # (B, S, T_f, H, d)
+    frame = (x.shape[1] // slots.shape[1], *x.shape[2:])
+    ring, x = (y.view(y.shape[0], -1, *frame) for y in (ring, x))  # (B, S, T_f, H, d)
     if slots.shape[0] == 1:
         ring.index_copy_(1, slots[0], x)
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -115,6 +115,26 @@ def rope_rotate_ref(x: Tensor, frame_table: Tensor, grid_table: Tensor) -> Tenso
     return rotate_pairs(x, *expand_tables(frame_table, grid_table))
 
 
+def kept(build: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Keep the last few results of ``build(table, ...)`` on the CPU: layers and steps of a block share their tables.
+
+    Tables are compared by identity: they are values, nobody writes into them. Elsewhere graph replay does.
+    """
+
+    @functools.lru_cache(maxsize=8)
+    def keep(inference: bool, *args: object) -> tuple[Tensor, Tensor]:
+        return build(*args)
+
+    @functools.wraps(build)
+    def get(table: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+        if table.device.type != "cpu" or torch.compiler.is_compiling():
+            return build(table, *args)
+        return keep(torch.is_inference_mode_enabled(), table, *args)
+
+    return get
+
+
+@kept
 def expand_tables(frame_table: Tensor, grid_table: Tensor) -> tuple[Tensor, Tensor]:
     """Spread the two small tables to ``(B or 1, T, 1, d)`` cos and signed sin, one value an element."""
     b, f, n_t, _ = frame_table.shape
@@ -125,11 +145,18 @@ def expand_tables(frame_table: Tensor, grid_table: Tensor) -> tuple[Tensor, Tens
     return torch.stack([cos, cos], -1).flatten(-2), torch.stack([-sin, sin], -1).flatten(-2)
 
 
+@kept
+def expand_shift(shift: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Spread one angle a temporal pair, ``(B or 1, n_t, 2)``, to ``(B or 1, 1, 1, d)``; spatial pairs stay."""
+    still = shift.new_tensor([1.0, 0.0]).expand(1, sum(axis_pairs(head_dim)[1:]), 2)
+    return expand_tables(shift[:, None], still)
+
+
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate ``x`` ``(B, T, H, d)`` by tables from :func:`expand_tables`; returns ``x.dtype``, contiguous."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (x0, x1) -> (x1, x0)
-    return torch.addcmul(wide * cos, swapped, sin).to(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    swapped = x.view(*x.shape[:-1], -1, 2).flip(-1).view(x.shape)  # (x0, x1) -> (x1, x0), while it is narrow
+    return torch.addcmul(x.to(wide) * cos, swapped.to(wide), sin).to(x.dtype)
 
 
 @functools.cache
