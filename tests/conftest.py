@@ -40,6 +40,8 @@ def _poisoned_empty():
 
         return fill
 
+    with torch.device("cpu"):
+        torch.empty(0)  # device contexts know the constructors they first saw: the plain ones, or meta would allocate
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]:
             patch.setattr(owner, name, poisoned(getattr(owner, name)))
