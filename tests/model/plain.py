@@ -123,3 +123,63 @@ def plain_stream(model, memory, config, geometry, inputs, text, levels, start=0)
                 before = memory.query_init.expand(len(x), -1, -1) if state is None else state
                 state = write(memory, before, *gone)
     return flows
+
+
+class PlainSampler:
+    """The sampler spelt out around :class:`PlainKV`: blocks, memory writes and prompt switches (sink protected).
+
+    Takes from the engine's ``generator`` its weights, its noise levels and nothing of its caches or plans.
+    """
+
+    def __init__(self, generator, text, noise, batch=1):
+        self.generator, self.text, self.noise = generator, text, noise
+        self.config, self.cache, self.state = generator.config, PlainKV(generator.config), None
+        w, m = self.config.window, self.config.model
+        self.frames, self.latents = w.frames_per_block, []
+        self.shape = (batch, self.frames, m.latent_channels, self.config.latent_rows, self.config.latent_columns)
+
+    def flow(self, x, t, start, *, memory=True):
+        g = self.generator
+        seen = None
+        if memory and self.state is not None:
+            seen = [read(g.memory, self.state, self.config.model.heads)] * self.config.model.layers
+        return g.model(x, g.level(t), self.text, self.cache, g.geometry.call(start, x.shape[1]), seen)
+
+    def next_block(self):
+        g, block = self.generator, len(self.latents)
+        start, schedule = block * self.frames, g.schedule
+        x = self.noise(block, 0, self.shape)
+        for i, t in enumerate(g.timesteps):
+            flow = self.flow(x, t, start)
+            if i == 0 and g.memory is not None:
+                self.write(self.cache.leaving(start, self.frames))
+            last = i + 1 == len(g.timesteps)
+            after = 0.0 if last else schedule.sigma(g.timesteps[i + 1])
+            if last or self.config.sampler.solver == "renoise":
+                x = x - schedule.sigma(t) * flow
+                if not last:
+                    x = (1 - after) * x + after * self.noise(block, i + 1, self.shape)
+            else:
+                x = x + (after - schedule.sigma(t)) * flow
+        self.flow(x, 0.0, start)
+        self.latents.append(x)
+        return x
+
+    def write(self, leaving):
+        if leaving is not None:
+            start = self.generator.memory.query_init.expand(self.shape[0], -1, -1)
+            self.state = write(self.generator.memory, start if self.state is None else self.state, *leaving)
+
+    def switch(self, text, *, memory_recache=False):
+        self.text = text
+        w, end = self.config.window, len(self.latents) * self.frames
+        local = w.window_frames - w.sink_frames
+        start = 0 if end <= w.window_frames else end - local
+        sinks = [{f: held[f] for f in range(min(end, w.sink_frames))} for held in self.cache.frames]
+        self.flow(torch.cat(self.latents, 1)[:, start:end], 0.0, start, memory=False)
+        for held, sink in zip(self.cache.frames, sinks, strict=True):
+            held.update(sink)
+        if memory_recache and self.state is not None:
+            held = [self.cache.frames[-1][f] for f in range(max(w.sink_frames, end - local), end)]
+            self.state = None
+            self.write((torch.cat([k for k, _ in held], 1), torch.cat([v for _, v in held], 1)))
