@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -228,6 +229,16 @@ class CrossAttention(nn.Module):
         return self.o(nnf.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
 
 
+class FeedForward(nn.Sequential):
+    """Linear, GELU, linear; on the CPU the library applies the GELU to the product before it leaves the cache."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, gelu, down = self
+        if not _fuses_gelu(x, up):
+            return down(gelu(up(x)))
+        return down(torch.ops.mkldnn._linear_pointwise(x, up.weight, up.bias, "gelu", [], "tanh"))
+
+
 class Head(nn.Module):
     """Modulated norm and projection to latent patches."""
 
@@ -250,14 +261,15 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
         scale: ``(B, F, 1, D)``, already 1 + the predicted scale.
         eps: of the norm.
     """
-    norm = nnf.layer_norm(x, x.shape[-1:], eps=eps).unflatten(1, (shift.shape[1], -1))
-    return torch.addcmul(shift, norm, scale).flatten(1, 2)
+    frames = shift.shape[1]
+    norm = nnf.layer_norm(x, x.shape[-1:], eps=eps).view(x.shape[0], frames, -1, x.shape[-1])
+    return torch.addcmul(shift, norm, scale).view(x.shape)
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """``x + gate * y`` with one gate a frame, ``(B, F, 1, D)``."""
-    frames = gate.shape[1]
-    return torch.addcmul(x.unflatten(1, (frames, -1)), y.unflatten(1, (frames, -1)), gate).flatten(1, 2)
+    by_frame = (x.shape[0], gate.shape[1], -1, x.shape[-1])
+    return torch.addcmul(x.view(by_frame), y.view(by_frame), gate).view(x.shape)
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
@@ -270,6 +282,22 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
 
 def _mlp(width: int, hidden: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, out))
+
+
+def _fuses_gelu(x: Tensor, up: nn.Module) -> bool:
+    """Whether the library's fused product and GELU can stand in for a plain ``up`` that wants no gradient."""
+    if x.device.type != "cpu" or type(up) is not nn.Linear or torch.compiler.is_compiling():
+        return False
+    if x.dtype != up.weight.dtype or (torch.is_grad_enabled() and (x.requires_grad or up.weight.requires_grad)):
+        return False
+    return x.dtype in _fused_dtypes()
+
+
+@functools.cache
+def _fused_dtypes() -> tuple[torch.dtype, ...]:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return ()
+    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
 
 
 def _modulation(own: Tensor, e0: Tensor) -> tuple[Tensor, ...]:
