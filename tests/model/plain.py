@@ -86,12 +86,12 @@ class PlainKV:
         return k if w.relative else rotate(k, gone, self.grid), v
 
 
-def write(memory, state, k, v):
-    """One write of an :class:`EvolvingMemory` with one group and default options; ``state`` ``(B, T, D)``."""
+def write(memory, state, k, v, turn=lambda q: q):
+    """One write of an :class:`EvolvingMemory` with one group and a gate; ``turn`` rotates the queries, if any does."""
     x = state
     for layer in memory.layers:
         q = rms(layer.q(rms(x, layer.norm1.weight)), layer.norm_q.weight).unflatten(-1, k.shape[2:])
-        x = x + layer.o(softmax_attention(q, [k], [v]).flatten(-2))
+        x = x + layer.o(softmax_attention(turn(q), [k], [v]).flatten(-2))
         x = x + layer.ffn(rms(x, layer.norm2.weight))
     down, _, up, norm = memory.connector_proj
     proposal = rms(up(nn.functional.gelu(down(x), approximate="tanh")), norm.weight)
