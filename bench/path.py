@@ -80,7 +80,8 @@ def main() -> int:
     block = max(generate, decode + write)
     sys.stdout.write(
         f"clock: median block {statistics.median(steps) * 1e3:.1f} ms = {12 / statistics.median(steps):.0f} frames/s, "
-        f"fastest tenth below {sorted(steps)[len(steps) // 10] * 1e3:.1f} ms, whole run {12 * len(steps) / (ends[-1] - ends[WARM - 1]):.0f} frames/s\n"
+        f"fastest tenth below {sorted(steps)[len(steps) // 10] * 1e3:.1f} ms, "
+        f"whole run {12 * len(steps) / (ends[-1] - ends[WARM - 1]):.0f} frames/s\n"
         f"processor: generate {generate * 1e3:.1f} ms | decode {decode * 1e3:.1f} + mp4 {write * 1e3:.1f} ms; "
         f"side by side {block * 1e3:.1f} ms = {12 / block:.0f} frames/s\n"
     )
