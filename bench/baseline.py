@@ -31,7 +31,7 @@ from naive import WASTES, NaiveSampler
 from torch import Tensor
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
-WARM_BLOCKS = 8  # fills the window, saturates the ids, and times nothing of the first blocks
+WARM_BLOCKS = 7  # fills the window, saturates the ids, and times nothing of the first blocks
 
 GEOMETRIES = {
     "baseline": EchoConfig(
@@ -57,9 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parse(arguments)
     torch.set_num_threads(args.threads)
     config = GEOMETRIES[args.geometry]
-    loops = {"off": [], **{name: [name] for name in args.switch or WASTES}}
-    if not args.switch:
-        loops["all"] = list(WASTES)
+    named = {"off": [], **{name: [name] for name in WASTES}, "all": list(WASTES)}
+    loops = {name: named[name] for name in args.switch or named}
     load = _load()
     results = {name: measure(config, DTYPES[name], loops, args.blocks) for name in args.dtype}
     report = {
@@ -190,7 +189,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=[*DTYPES, "both"], default="both")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="baseline")
-    parser.add_argument("--switch", nargs="+", choices=WASTES, help="only these wastes, each alone")
+    parser.add_argument("--switch", nargs="+", choices=["off", *WASTES, "all"], help="only these loops")
     parser.add_argument("--out", type=Path, help="JSON file (default bench/results/<date>-<cpu>-baseline.json)")
     args = parser.parse_args(arguments)
     args.dtype = list(DTYPES) if args.dtype == "both" else [args.dtype]

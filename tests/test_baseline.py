@@ -1,6 +1,7 @@
 """The naive loop of bench/: every waste costs time only, so its blocks are the engine's."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def naive():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCH)
         yield importlib.import_module("naive")
-    sys.modules.pop("naive", None)
+    for name in ("naive", "baseline"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +93,18 @@ def test_all_wastes_together_leave_the_output_alone(naive, generator, embeddings
 def test_unknown_waste_is_named(naive, generator, embeddings):
     with pytest.raises(ValueError, match=r"unknown wastes \['speed'\]; known: clone"):
         naive.NaiveSampler(generator, embeddings, ["speed"], video_blocks=1)
+
+
+def test_the_report_compares_every_loop_with_the_engine(naive, tmp_path, capsys):
+    baseline, out = importlib.import_module("baseline"), tmp_path / "report.json"
+    threads = str(torch.get_num_threads())
+    arguments = ["--geometry", "small", "--blocks", "1", "--dtype", "float32", "--threads", threads, "--out", str(out)]
+    assert baseline.main(arguments) == 0
+    report = json.loads(out.read_text())
+    rows = report["seconds_per_block"]["float32"]
+    assert list(rows) == ["engine", "off", *naive.WASTES, "all"]
+    assert rows["engine"]["ratio"] == rows["engine"]["cpu_ratio"] == 1
+    assert rows["all"]["ratio"] == rows["all"]["median"] / rows["engine"]["median"]
+    assert_stream_equal(torch.tensor([row["difference"] for row in rows.values()]), torch.zeros(len(rows)))
+    printed = capsys.readouterr().out
+    assert all(f"| {name}: {text} |" in printed for name, text in naive.WASTES.items())
