@@ -13,6 +13,8 @@ from torch.nn import functional as nnf
 from echo_infinity.cache import KV, Call
 from echo_infinity.config import ModelConfig
 
+_FUSED_WEIGHTS = 1 << 18  # below, the fused op's own overhead eats its gain
+
 
 class Cache(Protocol):
     """What self-attention needs of a cache: :class:`RingKV` while streaming, :class:`FunctionalKV` in training."""
@@ -290,7 +292,7 @@ def _fuses_gelu(x: Tensor, up: nn.Module) -> bool:
         return False
     if x.dtype != up.weight.dtype or (torch.is_grad_enabled() and (x.requires_grad or up.weight.requires_grad)):
         return False
-    return x.dtype in _fused_dtypes()
+    return up.weight.numel() >= _FUSED_WEIGHTS and x.dtype in _fused_dtypes()
 
 
 @functools.cache
