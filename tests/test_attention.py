@@ -224,8 +224,8 @@ def test_op_leaves_out_gradients_nobody_wants(through_the_op):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_op_registration(device):
-    for tiers, shift in GRADIENTS:
-        args = make(SHAPES[1], device=device, tiers=tiers, shift=shift, strided=True)
+    for (tiers, shift), dtype in zip(GRADIENTS, DTYPES.values(), strict=True):
+        args = make(SHAPES[1], dtype, device, tiers=tiers, shift=shift, strided=True)
         torch.library.opcheck(torch.ops.echo_ext.stream_attention.default, positional(args))
 
 

@@ -247,7 +247,10 @@ def test_ring_holds_what_a_deque_holds(local, data):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_op_registration(device):
-    for args in (make(SHAPES[1], device=device, strided=True), make(SHAPES[1], device=device, raw=False, norm=False)):
+    for args in (
+        make(SHAPES[1], device=device, strided=True),
+        make(SHAPES[1], torch.bfloat16, device, raw=False, norm=False),
+    ):
         args["key_frame_table"] = args["frame_table"].clone() if args["ring_raw"] is None else None
         torch.library.opcheck(torch.ops.echo_ext.ring_append.default, positional(args))
 

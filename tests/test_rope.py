@@ -216,8 +216,8 @@ def test_gradients_of_op(rows, through_the_op):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_op_registration(device):
-    for strided in (False, True):
-        x, _, frame, grid = make(SHAPES[1], device=device, strided=strided)
+    for dtype, strided in ((torch.float32, False), (torch.bfloat16, True)):
+        x, _, frame, grid = make(SHAPES[1], dtype, device, strided=strided)
         torch.library.opcheck(torch.ops.echo_ext.rope_rotate.default, (x, frame, grid))
 
 
