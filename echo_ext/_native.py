@@ -20,10 +20,13 @@ TensorTuple = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
-@torch.compiler.assume_constant_result  # dynamo traces through functools.cache, so it wraps the cached one
 def why_no_kernels() -> str:
     """Return "" if CUDA kernels run here, else the reason. The first call asks the driver; import never does."""
     return _probe()
+
+
+# What torch.compiler.assume_constant_result sets, without the two seconds that importing the compiler takes.
+why_no_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

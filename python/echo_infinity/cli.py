@@ -15,7 +15,11 @@ from echo_infinity.commands import UserError
 _LENGTHS = {"seconds": float, "minutes": float, "hours": float, "frames": int}
 # Commands whose options live in the module that does the work.
 _DELEGATED = {
-    "train": {"codec": "echo_infinity.training.codec", "flow": "echo_infinity.training.flow"},
+    "train": {
+        "codec": "echo_infinity.training.codec",
+        "clips": "echo_infinity.training.clips",
+        "flow": "echo_infinity.training.flow",
+    },
     "evaluate": {"recall": "echo_infinity.evaluation.recall", "rollout": "echo_infinity.evaluation.rollout"},
 }
 _HELP = {"train": "train a part of the bundled model", "evaluate": "measure what a model does"}
