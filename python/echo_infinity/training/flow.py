@@ -8,7 +8,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from echo_infinity.memory import EvolvingMemory
 from echo_infinity.model import CausalDiT
 from echo_infinity.recall import StreamMemory
 from echo_infinity.text import GrammarText
+from echo_infinity.training.align import attend_by_place, copy_by_place
 from echo_infinity.training.clips import Clips, load_clips
 from echo_infinity.training.plots import plot_lines
 from echo_infinity.weights import (
@@ -51,6 +52,9 @@ class FlowTraining:
         rate: peak learning rate of the DiT and the text embedding.
         memory_rate: the memory's rate as a multiple of ``rate``.
         warmup: steps of linear warm-up; cosine to a tenth of the rate follows.
+        graded: blocks of a clip that are denoised and graded: one in which objects come back, where the clip has one,
+            and others at random; the rest are only shown (context pass). 0 grades all blocks.
+        reappear_share: share of batches of clips with a reappearance, where not all blocks are graded.
         reappear_weight: weight of blocks in which objects come back; only memory can lower their loss.
         reappear_noise: least ``u`` (noise level before the shift) in those blocks.
         shift: of the training noise levels.
@@ -68,6 +72,8 @@ class FlowTraining:
     rate: float = 1e-3
     memory_rate: float = 3.0
     warmup: int = 50
+    graded: int = 0
+    reappear_share: float = 0.8
     reappear_weight: float = 5.0
     reappear_noise: float = 0.6
     shift: float = 3.0
@@ -86,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/flow"), help="folder of checkpoint, log and model")
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--init", default=None, help="model name or folder to start from")
+    parser.add_argument("--by-place", action="store_true", help="start attention by place and memory as a copier")
     parser.add_argument("--restart", action="store_true", help="ignore the checkpoint in --out")
     for field in fields(FlowTraining):
         name = "--" + field.name.replace("_", "-")
@@ -102,8 +109,11 @@ def run(args: argparse.Namespace) -> int:
     if not settings.memory:
         config = replace(config, memory=None)
     trainer = FlowTrainer(settings, config, load_clips(args.clips), args.out)
-    if (args.restart or not trainer.resume()) and args.init is not None:
-        trainer.start_from(args.init)
+    if args.restart or not trainer.resume():
+        if args.init is not None:
+            trainer.start_from(args.init)
+        if args.by_place:
+            trainer.start_by_place()
     done = trainer.train()
     trainer.export(Codec.load(args.codec))
     if not done:
@@ -164,6 +174,14 @@ class FlowTrainer:
             self.memory.load_state_dict(loaded.memory.state_dict())
         self.averaged = {name: x.detach().clone() for name, x in self.parameters()}
 
+    def start_by_place(self) -> None:
+        """Start attention by place and the memory as a copier; see :mod:`echo_infinity.training.align`."""
+        latents = self.clips.latents[:32, : 2 * self.config.window.frames_per_block].float()
+        attend_by_place(self.config, self.model, latents, self.text.embed(self.words[:32]))
+        if self.memory is not None:
+            copy_by_place(self.memory)
+        self.averaged = {name: x.detach().clone() for name, x in self.parameters()}
+
     def train(self, until: int | None = None, save_every: int = 100) -> bool:
         """Take steps up to ``until`` (by default all); save now and then, at the end and on Ctrl-C.
 
@@ -195,9 +213,9 @@ class FlowTrainer:
         cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / s.steps)))
         for group in self.optimiser.param_groups:
             group["lr"] = s.rate * warm * cosine * group["factor"]
-        index = torch.randint(len(self.clips), (s.batch,), generator=generator)
+        index, graded = self._draw(generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=s.bf16):
-            loss, parts = self.loss(index, generator)
+            loss, parts = self.loss(index, generator, graded)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_([x for _, x in self.parameters()], 1.0)
@@ -210,8 +228,30 @@ class FlowTrainer:
         seconds = time.perf_counter() - began
         return {"step": self.step, "loss": loss.item(), **parts, "grad_norm": norm.item(), "seconds": seconds}
 
-    def loss(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def _draw(self, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+        """Draw a batch of clips and the blocks to grade; clips of one batch reappear in the same block."""
+        s = self.settings
+        if not s.graded:
+            return torch.randint(len(self.clips), (s.batch,), generator=generator), list(range(s.blocks))
+        again = self.clips.reappear[:, : s.blocks]
+        chosen, pool = [], torch.arange(len(self.clips))
+        if again.any() and torch.rand((), generator=generator) < s.reappear_share:
+            rows, blocks = again.nonzero(as_tuple=True)
+            block = blocks[torch.randint(len(blocks), (), generator=generator)]
+            chosen, pool = [int(block)], rows[blocks == block]
+        others = torch.randperm(s.blocks, generator=generator).tolist()
+        chosen += [block for block in others if block not in chosen][: s.graded - len(chosen)]
+        return pool[torch.randint(len(pool), (s.batch,), generator=generator)], sorted(chosen)
+
+    def loss(
+        self, index: Tensor, generator: torch.Generator, graded: Sequence[int] | None = None
+    ) -> tuple[Tensor, dict[str, float]]:
         """Flow-matching loss of the clips ``index`` ``(B,)``, streamed block by block.
+
+        Args:
+            index: which clips.
+            generator: of noise and noise levels.
+            graded: blocks that count; by default all.
 
         Returns:
             The weighted mean over blocks, and the plain loss of each group of blocks in :data:`GROUPS`.
@@ -226,7 +266,8 @@ class FlowTrainer:
         text = self.model.encode_text(self.text.embed([self.words[i] for i in index.tolist()]))
         clean = self.model.condition(torch.zeros(1, 1))
         losses, weights = [], []
-        for block in range(s.blocks):
+        graded = range(s.blocks) if graded is None else graded
+        for block in range(max(graded) + 1):
             call = self.geometry.call(block * per_block, per_block, memory_frames=memory_frames)
             if memory is not None:
                 # The state that all calls of a block but its first see.
@@ -234,23 +275,27 @@ class FlowTrainer:
                 memory.publish()
             read = None if memory is None else memory.read(call)
             x0 = latents[:, block * per_block : (block + 1) * per_block]
-            u = torch.rand(batch, generator=generator)
-            again = marks["reappear"][:, block]
-            u = torch.where(again, s.reappear_noise + (1 - s.reappear_noise) * u, u)
-            sigma = (s.shift * u / (1 + (s.shift - 1) * u))[:, None, None, None, None]
-            noise = torch.randn(x0.shape, generator=generator)
-            x_t = (1 - sigma) * x0 + sigma * noise
-            flow = self.model(x_t, self.model.condition(1000 * sigma.view(batch, 1)), text, cache, call, read)
-            flow = flow.float()
-            losses.append((flow - (noise - x0)).square().mean(dim=(1, 2, 3, 4)))
-            weights.append(torch.where(again, s.reappear_weight, 1.0))
-            with torch.no_grad():
-                context = self._context(x0, x_t - sigma * flow.detach(), sigma, generator)
-                self.model(context, clean, text, cache, call, read, output=False)
+            predicted, sigma = x0, torch.ones(batch, 1, 1, 1, 1)
+            if block in graded:
+                u = torch.rand(batch, generator=generator)
+                again = marks["reappear"][:, block]
+                u = torch.where(again, s.reappear_noise + (1 - s.reappear_noise) * u, u)
+                sigma = (s.shift * u / (1 + (s.shift - 1) * u))[:, None, None, None, None]
+                noise = torch.randn(x0.shape, generator=generator)
+                x_t = (1 - sigma) * x0 + sigma * noise
+                level = self.model.condition(1000 * sigma.view(batch, 1))
+                flow = self.model(x_t, level, text, cache, call, read).float()
+                losses.append((flow - (noise - x0)).square().mean(dim=(1, 2, 3, 4)))
+                weights.append(torch.where(again, s.reappear_weight, 1.0))
+                predicted = x_t - sigma * flow.detach()
+            if block < max(graded):
+                with torch.no_grad():
+                    context = self._context(x0, predicted, sigma, generator)
+                    self.model(context, clean, text, cache, call, read, output=False)
         loss, weight = torch.stack(losses, 1), torch.stack(weights, 1)  # (B, blocks)
         parts = {}
         for name in GROUPS:
-            mask = marks[name][:, : s.blocks]
+            mask = marks[name][:, list(graded)]
             if mask.any():
                 parts[name] = loss.detach()[mask].mean().item()
         return (loss * weight).sum() / weight.sum(), parts
