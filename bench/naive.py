@@ -111,8 +111,11 @@ class ComplexRope:
         """Rotate ``x`` ``(B, F * T_f, H, d)`` by the frames' ``ids`` and the tokens' ``grid`` ``(T_f, n_s)``."""
         frame = self._frames[list(ids)][:, None].expand(-1, len(grid), -1)
         angles = torch.cat([frame, grid.expand(len(ids), -1, -1)], dim=-1).flatten(0, 1)[:, None]  # (T, 1, d/2)
-        turned = torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * angles
-        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+        rows = []
+        for row in x:  # sample by sample, tokens past the tables' end joined on: there are none, the copy is made
+            turned = torch.view_as_complex(row.double().unflatten(-1, (-1, 2))) * angles
+            rows.append(torch.cat([torch.view_as_real(turned).flatten(-2), row[len(angles) :]]))
+        return torch.stack(rows).to(x.dtype)
 
     def _grid(self, rows: int, columns: int, config: EchoConfig) -> Tensor:
         row, column = grid_positions(rows, columns, *config.grid)
