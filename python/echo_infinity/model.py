@@ -223,10 +223,10 @@ class CrossAttention(nn.Module):
     def encode(self, context: Tensor) -> KV:
         """Keys (normalised) and values ``(B, n, H, d)`` of the embedded prompt ``(B, n, D)``."""
         split = (self.heads, -1)
-        return self.norm_k(self.k(context)).unflatten(-1, split), self.v(context).unflatten(-1, split)
+        return _normalise(self.norm_k, self.k(context)).unflatten(-1, split), self.v(context).unflatten(-1, split)
 
     def forward(self, x: Tensor, text: KV) -> Tensor:
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
+        q = _normalise(self.norm_q, self.q(x)).unflatten(-1, (self.heads, -1))
         q, k, v = (y.transpose(1, 2) for y in (q, text[0].to(q.dtype), text[1].to(q.dtype)))
         return self.o(nnf.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
 
@@ -280,6 +280,10 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
     frequencies = torch.pow(10000.0, -torch.arange(half, dtype=torch.float64, device=t.device) / half)
     angles = t.double()[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def _normalise(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    return norm(x.to(norm.weight.dtype))  # under autocast x is narrower than the weight, which torch only does slowly
 
 
 def _mlp(width: int, hidden: int, out: int) -> nn.Sequential:

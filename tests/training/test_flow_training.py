@@ -42,6 +42,15 @@ def test_loss_of_a_late_block_reaches_the_memory_through_its_writes(clips, confi
         assert x.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_every_weight_learns_where_only_the_last_block_is_graded(clips, config, tmp_path, bf16):
+    trainer = FlowTrainer(replace(SETTINGS, graded=1, reappear_share=1.0, bf16=bf16), config, clips, tmp_path)
+    torch.nn.init.normal_(trainer.model.head.head.weight)
+    trainer.take_step()
+    idle = [name for name, x in trainer.parameters() if x.grad is None or not x.grad.abs().sum() > 0]
+    assert idle == []
+
+
 def test_resume_equals_an_unbroken_run(clips, config, tmp_path):
     whole = FlowTrainer(SETTINGS, config, clips, tmp_path / "whole")
     assert whole.train()

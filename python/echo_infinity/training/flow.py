@@ -292,6 +292,7 @@ class FlowTrainer:
                 with torch.no_grad():
                     context = self._context(x0, predicted, sigma, generator)
                     self.model(context, clean, text, cache, call, read, output=False)
+                torch.clear_autocast_cache()  # or weights cast here, without a gradient, would serve the next block
         loss, weight = torch.stack(losses, 1), torch.stack(weights, 1)  # (B, blocks)
         parts = {}
         for name in GROUPS:
