@@ -2,8 +2,9 @@
 
 With rotary positions a random query is nearly blind to where a key stands, and small models spend most of their
 training on finding out. A common part of queries and keys in the fastest row and column pairs makes attention prefer
-the same place from the first step; the memory's queries and keys get the same part, and its value path starts as the
-identity, so that each memory token begins as a copy of what stood at its place.
+the same place from the first step, one in a temporal pair makes half of the heads prefer the block before and half
+the memory's distance; the memory's queries and keys get the same part, and its value path starts as the identity, so
+that each memory token begins as a copy of what stood at its place.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from echo_infinity.functional import FunctionalKV
 from echo_infinity.memory import EvolvingMemory
 from echo_infinity.model import CausalDiT
 
-_STRENGTH = 4.0  # of the common part, in root mean squares of what it is added to
+_STRENGTH = 5.0  # of the common part, in root mean squares of what it is added to
+_PREVIOUS = 1, 3.0  # temporal pair and distance in frames: the block before, for even heads
+_FAR = 2, 10.0  # the memory's ids once the window is full, for odd heads
 _KEEP = 0.1  # of the random start in projections that the copier overrides
 _LINEAR_GELU = 3.0  # so far right, GELU is the identity plus a shift that the next bias takes back
 
 
 @torch.no_grad()
 def attend_by_place(config: EchoConfig, model: CausalDiT, latents: Tensor, text: Tensor) -> None:
-    """Give every head's queries and keys a common part in the fastest row and column pairs, in place.
+    """Give every head's queries and keys a common part that prefers one place and one distance in time, in place.
 
     Args:
         config: geometry.
@@ -33,9 +36,12 @@ def attend_by_place(config: EchoConfig, model: CausalDiT, latents: Tensor, text:
         latents: ``(B, F, C, h, w)`` clean latents of at least two blocks, to measure how large queries and keys are.
         text: ``(B, n, text_width)`` embeddings of their prompts.
     """
-    pattern = place_pattern(model.config.head_dim, model.config.heads)
-    for linear, size in _sizes(config, model, latents, text).items():
-        linear.bias.add_(_STRENGTH * size * pattern)
+    sizes = _sizes(config, model, latents, text)
+    key = common_key(model.config.head_dim, model.config.heads)
+    query = common_query(model.config.head_dim, model.config.heads)
+    for block in model.blocks:
+        for linear, pattern in ((block.self_attn.q, query), (block.self_attn.k, key)):
+            linear.bias.add_(_STRENGTH * sizes[linear] * pattern)
 
 
 def _sizes(config: EchoConfig, model: CausalDiT, latents: Tensor, text: Tensor) -> dict[nn.Linear, float]:
@@ -70,7 +76,7 @@ def copy_by_place(memory: EvolvingMemory) -> None:
     m = memory.config
     if m.groups != 1 or m.residual or not m.positions:
         raise ValueError(f"can only start a memory with one group, a connector and positions as a copier, got {m}")
-    pattern, eye = place_pattern(m.head_dim, m.heads), torch.eye(m.width)
+    pattern, eye = common_key(m.head_dim, m.heads), torch.eye(m.width)
     for i, layer in enumerate(memory.layers):
         layer.q.weight.mul_(_KEEP)
         layer.q.bias.copy_(pattern)
@@ -90,14 +96,30 @@ def copy_by_place(memory: EvolvingMemory) -> None:
     memory.to_k.bias.copy_(pattern)
     if m.normalise_keys:
         # A key that is all pattern would drown the others: as long as a model's key is in these pairs.
-        memory.norm_k_out.weight.fill_(_STRENGTH / (1 + 2 * _STRENGTH**2 / m.head_dim) ** 0.5 / (m.head_dim / 2) ** 0.5)
+        memory.norm_k_out.weight.fill_(_STRENGTH / (1 + 3 * _STRENGTH**2 / m.head_dim) ** 0.5 / (m.head_dim / 3) ** 0.5)
     memory.to_v.weight.copy_(eye / (1 - torch.sigmoid(torch.tensor(m.gate_bias))))  # undoes what a write keeps back
     memory.to_v.bias.zero_()
 
 
-def place_pattern(head_dim: int, heads: int) -> Tensor:
-    """``(D,)`` with a one in the first element of every head's fastest row pair and column pair."""
+def common_key(head_dim: int, heads: int) -> Tensor:
+    """``(D,)``: a one in the first element of every head's fastest row and column pair and of one temporal pair."""
     n_t, n_row, _ = axis_pairs(head_dim)
     pattern = torch.zeros(heads, head_dim)
     pattern[:, [2 * n_t, 2 * (n_t + n_row)]] = 1
+    for head, (pair, _) in enumerate(_temporal(heads)):
+        pattern[head, 2 * pair] = 1
     return pattern.flatten()
+
+
+def common_query(head_dim: int, heads: int) -> Tensor:
+    """``(D,)``: the part that, rotated, meets :func:`common_key` best at the same place and the head's distance."""
+    n_t, _, _ = axis_pairs(head_dim)
+    pattern = common_key(head_dim, heads).view(heads, head_dim).clone()
+    for head, (pair, distance) in enumerate(_temporal(heads)):
+        angle = torch.tensor(distance * 10000.0 ** (-pair / n_t))
+        pattern[head, 2 * pair], pattern[head, 2 * pair + 1] = angle.cos(), -angle.sin()
+    return pattern.flatten()
+
+
+def _temporal(heads: int) -> list[tuple[int, float]]:
+    return [_PREVIOUS if head % 2 == 0 else _FAR for head in range(heads)]
