@@ -47,11 +47,11 @@ class FunctionalKV:
         )
         old = self._held[layer]
         kept = [] if old is None else self._kept(old, call)
-        self._held[layer] = _join([*kept, new], self.tokens_per_frame)
+        held = self._held[layer] = _join([*kept, new], self.tokens_per_frame)
         if not output:
             return None
         q = rope_rotate(width_norm(q, norms[0], eps), call.frame_table, call.grid_table)
-        return self._attention(q, self._held[layer], call, memory)
+        return self._attention(q, held, call, memory)
 
     def evicted(self, call: Call) -> list[KV]:
         """Last layer's K and V of the frames that leave the window in ``call``."""
@@ -103,7 +103,8 @@ class FunctionalKV:
         k, v = torch.cat([x.to(wide) for x in keys], dim=1), torch.cat([x.to(wide) for x in values], dim=1)
         # The CPU's bfloat16 attention backward is six times slower than float32's.
         with torch.autocast(q.device.type, enabled=False):
-            out = nnf.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q.to(wide), k, v)))
+            heads_first = [x.transpose(1, 2) for x in (q.to(wide), k, v)]
+            out = nnf.scaled_dot_product_attention(heads_first[0], heads_first[1], heads_first[2])
         return out.transpose(1, 2).to(q.dtype)
 
 

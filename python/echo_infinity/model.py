@@ -60,6 +60,15 @@ class CausalDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Head(d, ph * pw * config.latent_channels, config.eps)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.patch_embedding.weight.dtype
+
+    def layers(self) -> list[Block]:
+        """The transformer layers, in order."""
+        return [block for block in self.blocks if isinstance(block, Block)]
+
     def encode_text(self, embeddings: Tensor) -> list[KV]:
         """Project a prompt to each layer's cross-attention K/V, once per prompt.
 
@@ -79,8 +88,8 @@ class CausalDiT(nn.Module):
                 f"text embeddings must be (B, <= {c.text_tokens}, {c.text_width}), got {tuple(embeddings.shape)}"
             )
         padded = nnf.pad(embeddings, (0, 0, 0, c.text_tokens - embeddings.shape[1]))
-        context = self.text_embedding(padded.to(self.text_embedding[0].weight.dtype))
-        return [block.cross_attn.encode(context) for block in self.blocks]
+        context = self.text_embedding(padded.to(self.dtype))
+        return [block.cross_attn.encode(context) for block in self.layers()]
 
     def condition(self, t: Tensor) -> Conditioning:
         """Turn timesteps into each layer's shifts, scales and gates.
@@ -91,10 +100,9 @@ class CausalDiT(nn.Module):
         Returns:
             :class:`Conditioning` in the weights' dtype; sinusoid in float64, the embedding's linears in the weights'.
         """
-        dtype = self.time_embedding[0].weight.dtype
-        e = self.time_embedding(sinusoid(t, self.config.time_width).to(dtype))  # (B, F, D)
+        e = self.time_embedding(sinusoid(t, self.config.time_width).to(self.dtype))  # (B, F, D)
         e0 = self.time_projection(e).unflatten(-1, (6, -1))  # (B, F, 6, D)
-        layers = [_modulation(block.modulation, e0) for block in self.blocks]
+        layers = [_modulation(block.modulation, e0) for block in self.layers()]
         shift, scale = (self.head.modulation + e[:, :, None]).chunk(2, dim=2)
         return Conditioning(layers, (shift, 1 + scale))
 

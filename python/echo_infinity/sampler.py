@@ -115,6 +115,7 @@ class BlockSampler:
             self.memory.prepare(self.cache, call)
         for i, t in enumerate(g.timesteps):
             flow = self._flow(x, t, call)
+            assert flow is not None
             if i == 0 and self.memory is not None:
                 self.memory.publish()
             x = self._step(x, flow, i)

@@ -6,10 +6,10 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -187,7 +187,7 @@ def fingerprint(folder: str | os.PathLike[str]) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str], device: torch.device | str):
+def _opened(path: str | os.PathLike[str], device: torch.device | str) -> Iterator[Any]:
     if not Path(path).is_file():
         raise ValueError(f"{path} is missing")
     try:

@@ -140,8 +140,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print("\n".join(lines))  # noqa: T201
     (args.out / "rollout.md").write_text("\n".join(lines) + "\n")
-    rows = {"distance": result.distance, "motion": result.motion}
-    rows |= {"real_motion": result.real_motion, "real_distance": result.real_distance}
+    rows = {name: value for name, value in vars(result).items() if name != "sheet"}
     (args.out / "rollout.json").write_text(json.dumps(rows, indent=1) + "\n")
     contact_sheet(result.sheet, args.out / "contact_sheet.png")
     return 0

@@ -9,6 +9,8 @@ that each memory token begins as a copy of what stood at its place.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +41,7 @@ def attend_by_place(config: EchoConfig, model: CausalDiT, latents: Tensor, text:
     sizes = _sizes(config, model, latents, text)
     key = common_key(model.config.head_dim, model.config.heads)
     query = common_query(model.config.head_dim, model.config.heads)
-    for block in model.blocks:
+    for block in model.layers():
         for linear, pattern in ((block.self_attn.q, query), (block.self_attn.k, key)):
             linear.bias.add_(_STRENGTH * sizes[linear] * pattern)
 
@@ -51,7 +53,7 @@ def _sizes(config: EchoConfig, model: CausalDiT, latents: Tensor, text: Tensor) 
     def measure(linear: nn.Linear, _: object, out: Tensor) -> None:
         sizes[linear] = max(sizes.get(linear, 0.0), out.square().mean().sqrt().item())
 
-    linears = [x for block in model.blocks for x in (block.self_attn.q, block.self_attn.k)]
+    linears = [x for block in model.layers() for x in (block.self_attn.q, block.self_attn.k)]
     hooks = [linear.register_forward_hook(measure) for linear in linears]
     geometry, cache, per_block = Geometry(config), FunctionalKV(config), config.window.frames_per_block
     generator = torch.Generator().manual_seed(0)
@@ -77,7 +79,8 @@ def copy_by_place(memory: EvolvingMemory) -> None:
     if m.groups != 1 or m.residual or not m.positions:
         raise ValueError(f"can only start a memory with one group, a connector and positions as a copier, got {m}")
     pattern, eye = common_key(m.head_dim, m.heads), torch.eye(m.width)
-    for i, layer in enumerate(memory.layers):
+    parts: Any = memory  # torch types every submodule as Tensor or Module
+    for i, layer in enumerate(parts.layers):
         layer.q.weight.mul_(_KEEP)
         layer.q.bias.copy_(pattern)
         layer.o.bias.zero_()
@@ -86,19 +89,19 @@ def copy_by_place(memory: EvolvingMemory) -> None:
             layer.o.weight.copy_(eye)
         else:
             layer.o.weight.mul_(_KEEP)
-    into, _, out, _ = memory.connector_proj
+    into, _, out, _ = parts.connector_proj
     for linear, shift in ((into, _LINEAR_GELU), (out, -_LINEAR_GELU)):
         linear.weight.copy_(eye)
         linear.bias.fill_(shift)
-    memory.gate_linear.weight.mul_(_KEEP)
-    nn.init.constant_(memory.gate_linear.bias, m.gate_bias)
-    memory.to_k.weight.mul_(_KEEP)
-    memory.to_k.bias.copy_(pattern)
+    parts.gate_linear.weight.mul_(_KEEP)
+    nn.init.constant_(parts.gate_linear.bias, m.gate_bias)
+    parts.to_k.weight.mul_(_KEEP)
+    parts.to_k.bias.copy_(pattern)
     if m.normalise_keys:
         # A key that is all pattern would drown the others: as long as a model's key is in these pairs.
-        memory.norm_k_out.weight.fill_(_STRENGTH / (1 + 3 * _STRENGTH**2 / m.head_dim) ** 0.5 / (m.head_dim / 3) ** 0.5)
-    memory.to_v.weight.copy_(eye / (1 - torch.sigmoid(torch.tensor(m.gate_bias))))  # undoes what a write keeps back
-    memory.to_v.bias.zero_()
+        parts.norm_k_out.weight.fill_(_STRENGTH / (1 + 3 * _STRENGTH**2 / m.head_dim) ** 0.5 / (m.head_dim / 3) ** 0.5)
+    parts.to_v.weight.copy_(eye / (1 - torch.sigmoid(torch.tensor(m.gate_bias))))  # undoes what a write keeps back
+    parts.to_v.bias.zero_()
 
 
 def common_key(head_dim: int, heads: int) -> Tensor:
