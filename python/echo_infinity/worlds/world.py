@@ -18,8 +18,8 @@ from .render import background, curtain_edges, draw_curtain, object_coverage
 FPS = 16
 _RADII = {"small": (6.0, 7.2), "medium": (7.8, 9.0), "large": (9.6, 11.0)}
 _SPEEDS = {  # pixels a frame
-    "curtain": {"slowly": (0.10, 0.20), None: (0.25, 0.45), "quickly": (0.55, 0.80)},
-    "open": {"slowly": (0.25, 0.35), None: (0.45, 0.70), "quickly": (0.90, 1.20)},
+    "curtain": {"slowly": (0.03, 0.06), None: (0.08, 0.14), "quickly": (0.20, 0.30)},
+    "open": {"slowly": (0.10, 0.15), None: (0.20, 0.30), "quickly": (0.40, 0.55)},
     "path": {"slowly": (0.80, 1.00), None: (1.15, 1.45), "quickly": (1.65, 2.00)},
 }
 _NUMBER_ODDS = (0.5, 0.32, 0.18)  # of 1, 2, 3 objects where the prompt leaves it open
