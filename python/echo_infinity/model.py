@@ -167,7 +167,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config)
         self.norm3 = nn.LayerNorm(d, eps=config.eps)
         self.cross_attn = CrossAttention(config)
-        self.ffn = _mlp(d, config.ffn, d)
+        self.ffn = FeedForward(*_mlp(d, config.ffn, d))
 
     def forward(
         self,
