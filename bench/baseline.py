@@ -111,10 +111,11 @@ def measure(config: EchoConfig, dtype: torch.dtype, loops: dict[str, list[str]],
             sampler.observe(latents)
     first = {name: sampler.next_block() for name, sampler in samplers.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in samplers}
-    for _ in range(blocks):
-        for name, sampler in samplers.items():
+    names = list(samplers)
+    for turn in range(blocks):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody always follows the same one
             start, cpu_start = time.perf_counter(), time.process_time()
-            sampler.next_block()
+            samplers[name].next_block()
             times[name].append((time.perf_counter() - start, time.process_time() - cpu_start))
     return {name: _summary(times[name], times["engine"], first[name], first["engine"]) for name in samplers}
 
