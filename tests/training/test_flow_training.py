@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from echo_infinity.config import preset
-from echo_infinity.training.clips import Clips
+from echo_infinity.training.clips import Clips, join_clips
 from echo_infinity.training.flow import FlowTrainer, FlowTraining
 from numerics import assert_same_bits
 
+MARKS = ("closed", "sighted", "first_open", "reappear")
 SETTINGS = FlowTraining(steps=4, batch=2, blocks=6, warmup=1, bf16=False, own_context=0.5)
 
 
@@ -75,3 +76,13 @@ def test_reappearing_blocks_weigh_more(clips, config, tmp_path):
     trainer = FlowTrainer(replace(SETTINGS, reappear_weight=1e6), config, clips, tmp_path)
     loss, parts = trainer.loss(torch.tensor([0, 1]), torch.Generator().manual_seed(0))
     assert loss.item() == pytest.approx(parts["reappear"], rel=1e-4)
+
+
+def test_joined_clips_are_cut_to_the_blocks_asked_for(clips):
+    short = replace(clips, latents=clips.latents[:, :15], **{name: getattr(clips, name)[:, :5] for name in MARKS})
+    joined = join_clips([clips, short], blocks=4)
+    assert joined.latents.shape == (8, 12, 8, 8, 8)
+    assert joined.reappear.shape == (8, 4)
+    assert len(joined) == len(joined.clips) == 8
+    with pytest.raises(ValueError, match="5 blocks, 6 are asked for"):
+        join_clips([clips, short], blocks=6)

@@ -208,6 +208,25 @@ def load_clips(path: str | os.PathLike[str], limit: int | None = None) -> Clips:
     return Clips(**tensors, prompts=[recipe["prompt"] for recipe in recipes], clips=recipes)
 
 
+def join_clips(parts: Sequence[Clips], blocks: int) -> Clips:
+    """Return the clips of several caches as one, cut to their first ``blocks`` blocks.
+
+    Raises:
+        ValueError: a cache's clips are shorter than that.
+    """
+    shortest = min(part.closed.shape[1] for part in parts)
+    if shortest < blocks:
+        raise ValueError(f"the clips have {shortest} blocks, {blocks} are asked for; build longer ones or use fewer")
+    frames = blocks * FRAMES_PER_BLOCK
+    marks = ("closed", "sighted", "first_open", "reappear")
+    return Clips(
+        torch.cat([part.latents[:, :frames] for part in parts]),
+        **{name: torch.cat([getattr(part, name)[:, :blocks] for part in parts]) for name in marks},
+        prompts=[prompt for part in parts for prompt in part.prompts],
+        clips=[recipe for part in parts for recipe in part.clips],
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``echo-infinity train clips``."""
     parser.add_argument("--codec", type=Path, required=True, help="the codec's safetensors file")

@@ -25,7 +25,7 @@ from echo_infinity.model import CausalDiT
 from echo_infinity.recall import StreamMemory
 from echo_infinity.text import GrammarText
 from echo_infinity.training.align import attend_by_place, copy_by_place
-from echo_infinity.training.clips import Clips, load_clips
+from echo_infinity.training.clips import Clips, join_clips, load_clips
 from echo_infinity.training.plots import plot_lines
 from echo_infinity.weights import (
     find,
@@ -87,7 +87,9 @@ class FlowTraining:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``echo-infinity train flow``."""
-    parser.add_argument("--clips", type=Path, default=Path("runs/clips"), help="folder made by 'train clips'")
+    parser.add_argument(
+        "--clips", type=Path, nargs="+", default=[Path("runs/clips")], help="folders made by 'train clips'"
+    )
     parser.add_argument("--codec", type=Path, default=Path("runs/codec/codec.safetensors"))
     parser.add_argument("--out", type=Path, default=Path("runs/flow"), help="folder of checkpoint, log and model")
     parser.add_argument("--preset", default="tiny")
@@ -108,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
     config = preset(args.preset)
     if not settings.memory:
         config = replace(config, memory=None)
-    trainer = FlowTrainer(settings, config, load_clips(args.clips), args.out)
+    clips = join_clips([load_clips(folder) for folder in args.clips], settings.blocks)
+    trainer = FlowTrainer(settings, config, clips, args.out)
     if args.restart or not trainer.resume():
         if args.init is not None:
             trainer.start_from(args.init)
