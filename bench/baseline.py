@@ -59,10 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
     config = GEOMETRIES[args.geometry]
     named = {"off": [], **{name: [name] for name in WASTES}, "all": list(WASTES)}
     loops = {name: named[name] for name in args.switch or named}
-    load = _load()
+    commit, load = _git("rev-parse", "--short", "HEAD"), _load()
     results = {name: measure(config, DTYPES[name], loops, args.blocks) for name in args.dtype}
     report = {
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": commit,
         "torch": torch.__version__,
         "cpu": cpu_name(),
         "threads": args.threads,
