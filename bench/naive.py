@@ -171,13 +171,13 @@ class NaiveKV(RingKV):
         if "shift" not in self._wastes:
             return super().evicted(call)
         first = self.config.window.sink_frames * self.tokens_per_frame
-        last = first + call.slots.evicted.count * self.tokens_per_frame
+        last = first + call.slots.evicted.frames * self.tokens_per_frame
         k = self.k[-1] if self.raw is None else self.raw
         return [(k[:, first:last], self.v[-1][:, first:last])] if last > first else []
 
     def _make_room(self, layer: int, call: Call) -> None:
         """What happens to the cache before a write: the clone, and in a block's first call the shift."""
-        count, end = call.slots.evicted.count, call.start + call.frames
+        count, end = call.slots.evicted.frames, call.start + call.frames
         first_call = int(self._seen[layer]) < end  # a read from the device where the index is a tensor
         if "clone" in self._wastes:
             self.k[layer], self.v[layer] = self.k[layer].clone(), self.v[layer].clone()

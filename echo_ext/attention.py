@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,13 +60,16 @@ def stream_attention(
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *tensors))
     if use_reference("stream_attention", backend, _why_not_kernel(q)):
         run = stream_attention_ref if wants_grad else _merge_tiers
-        return run(q, shift, *tensors, scale)[0]
+        sink_k, sink_v, memory_k, memory_v, ring_k, ring_v = tensors
+        return run(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)[0]
     if wants_grad:
         return _StreamAttention.apply(q, shift, *tensors, scale)
     return torch.ops.echo_ext.stream_attention(q, shift, *tensors, scale)[0]
 
 
-def frame_shift(relative_id: int | Tensor, absolute_id: int | Tensor, head_dim: int, device=None) -> Tensor:
+def frame_shift(
+    relative_id: int | Tensor, absolute_id: int | Tensor, head_dim: int, device: torch.device | str | None = None
+) -> Tensor:
     """Build the rotation that carries a query from its absolute to its relative frame id.
 
     Args:
@@ -89,7 +92,17 @@ def shift_queries(q: Tensor, shift: Tensor) -> Tensor:
     return rotate_pairs(q, *expand_shift(shift, q.shape[-1]))
 
 
-def stream_attention_ref(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale) -> tuple[Tensor, Tensor]:
+def stream_attention_ref(
+    q: Tensor,
+    shift: Tensor | None,
+    sink_k: Tensor | None,
+    sink_v: Tensor | None,
+    memory_k: Tensor | None,
+    memory_v: Tensor | None,
+    ring_k: Tensor | None,
+    ring_v: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     """The oracle: all scores at once, softmax in float32 or wider, differentiable; output and LSE ``(B, H, Tq)``."""
     turned = q if shift is None else shift_queries(q, shift)
     tiers = [(turned, sink_k, sink_v), (turned, memory_k, memory_v), (q, ring_k, ring_v)]
@@ -98,15 +111,26 @@ def stream_attention_ref(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, r
     joint = torch.cat(scores, dim=-1) * scale  # (B, H, Tq, Tk)
     weights = joint.softmax(dim=-1).split([x.shape[-1] for x in scores], dim=-1)
     values = [v for _, _, v in tiers if v is not None]
-    out = sum(torch.einsum("bhij,bjhd->bihd", w, v.to(wide)) for w, v in zip(weights, values, strict=True))
+    reads = [torch.einsum("bhij,bjhd->bihd", w, v.to(wide)) for w, v in zip(weights, values, strict=True)]
+    out = torch.stack(reads).sum(dim=0)
     return out.to(q.dtype), joint.logsumexp(dim=-1)
 
 
-def _merge_tiers(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale) -> tuple[Tensor, Tensor]:
+def _merge_tiers(
+    q: Tensor,
+    shift: Tensor | None,
+    sink_k: Tensor | None,
+    sink_v: Tensor | None,
+    memory_k: Tensor | None,
+    memory_v: Tensor | None,
+    ring_k: Tensor | None,
+    ring_v: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     """The fallback: the library's attention on each tier in place, joined by their LSEs, returned (tiers, B, H, Tq)."""
     turned = q if shift is None else shift_queries(q, shift)
     tiers = [(turned, sink_k, sink_v), (turned, memory_k, memory_v), (q, ring_k, ring_v)]
-    parts = [_tier(x, k, v, scale) for x, k, v in tiers if k is not None and k.shape[1]]
+    parts = [_tier(x, k, v, scale) for x, k, v in tiers if k is not None and v is not None and k.shape[1]]
     lses = torch.stack([lse for _, lse in parts])
     if len(parts) == 1:
         return parts[0][0], lses
@@ -176,13 +200,13 @@ class _StreamAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         needs = ctx.needs_input_grad
-        inputs = [
+        inputs: Any = [
             None if x is None else x.detach().requires_grad_(need)
             for x, need in zip(ctx.saved_tensors, needs[:-1], strict=True)
         ]
         with torch.enable_grad():
-            out, _ = stream_attention_ref(*inputs, ctx.scale)
-        wanted = [x for x, need in zip(inputs, needs[:-1], strict=True) if need]
+            out, _ = stream_attention_ref(*inputs, ctx.scale)  # type: ignore[call-arg]  seven tensors and a scale
+        wanted = [x for x, need in zip(inputs, needs[:-1], strict=True) if need and x is not None]
         grads = iter(torch.autograd.grad(out, wanted, grad))
         return *(next(grads) if need else None for need in needs[:-1]), None
 
@@ -191,7 +215,7 @@ def _fake(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale):
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
-def _impl(*args: object) -> Sequence[Tensor]:
+def _impl(*args: Any) -> tuple[Tensor, Tensor]:
     out, lses = _merge_tiers(*args)
     return out.contiguous(), lses.float().logsumexp(dim=0)
 

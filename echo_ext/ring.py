@@ -20,16 +20,16 @@ _LIB.define(
 
 
 class Evicted(NamedTuple):
-    """Frames about to leave a ring: ``count`` slots from ``first`` on, wrapping at ``slots``."""
+    """Frames about to leave a ring: ``frames`` slots from ``first`` on, wrapping at ``slots``."""
 
     first: int
-    count: int
+    frames: int
     slots: int
 
     def spans(self) -> list[tuple[int, int]]:
         """The one or two runs of neighbouring slots, oldest frame first, as ``(start, stop)``."""
-        end = self.first + self.count
-        if self.count == 0:
+        end = self.first + self.frames
+        if self.frames == 0:
             return []
         if end <= self.slots:
             return [(self.first, end)]
@@ -184,7 +184,18 @@ def _write(ring: Tensor, x: Tensor, slots: Tensor) -> None:
 
 
 def _check(
-    q, k, v, q_weight, k_weight, frame_table, key_frame_table, grid_table, slots, ring_k, ring_v, ring_raw
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    frame_table: Tensor,
+    key_frame_table: Tensor | None,
+    grid_table: Tensor,
+    slots: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    ring_raw: Tensor | None,
 ) -> None:
     if q.ndim != 4 or ring_k.ndim != 4:
         raise ValueError(f"q and ring_k must be (B, T, H, d), got {tuple(q.shape)} and {tuple(ring_k.shape)}")
@@ -207,9 +218,9 @@ def _check(
         if weight is not None and weight.shape != (h * d,):
             raise ValueError(f"{name} must be ({h * d},) for {h} heads of {d}, got {tuple(weight.shape)}")
     others = {"q_weight": q_weight, "k_weight": k_weight, "frame_table": frame_table, "grid_table": grid_table}
-    for name, x in (others | {"key_frame_table": key_frame_table, "slots": slots}).items():
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, q is on {q.device}")
+    for name, other in (others | {"key_frame_table": key_frame_table, "slots": slots}).items():
+        if other is not None and other.device != q.device:
+            raise ValueError(f"{name} is on {other.device}, q is on {q.device}")
     if slots.dtype != torch.int64 or slots.shape not in ((1, frame_table.shape[1]), (b, frame_table.shape[1])):
         raise ValueError(
             f"slots must be int64 (1 or {b}, {frame_table.shape[1]}), got {slots.dtype} {tuple(slots.shape)}"

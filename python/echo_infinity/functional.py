@@ -59,7 +59,7 @@ class FunctionalKV:
         if held is None:
             return []
         first = max(w.sink_frames, call.start - w.local_frames)
-        last = first + call.slots.evicted.count
+        last = first + call.slots.evicted.frames
         return [self._slice(held, first, last)] if last > first else []
 
     def sink(self) -> KV:
