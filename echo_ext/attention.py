@@ -205,7 +205,7 @@ class _StreamAttention(torch.autograd.Function):
             for x, need in zip(ctx.saved_tensors, needs[:-1], strict=True)
         ]
         with torch.enable_grad():
-            out, _ = stream_attention_ref(*inputs, ctx.scale)  # type: ignore[call-arg]  seven tensors and a scale
+            out, _ = stream_attention_ref(*inputs, ctx.scale)  # type: ignore[call-arg]  # seven tensors and a scale
         wanted = [x for x, need in zip(inputs, needs[:-1], strict=True) if need and x is not None]
         grads = iter(torch.autograd.grad(out, wanted, grad))
         return *(next(grads) if need else None for need in needs[:-1]), None
