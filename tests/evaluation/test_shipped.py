@@ -4,7 +4,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-
 from echo_infinity.config import preset
 from echo_infinity.evaluation.recall import RecallTest, recall
 from echo_infinity.weights import load_checkpoint
