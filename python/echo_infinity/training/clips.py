@@ -67,6 +67,13 @@ class ClipMix:
 
 SHORT_ABSENCE = ClipMix()
 LONG_ABSENCE = ClipMix(absence=((2, 0.2), (3, 0.25), (4, 0.25), (5, 0.15), (6, 0.15)))
+EVEN = ClipMix(
+    curtain=0.3,
+    open=0.5,
+    unnamed=0.5,
+    absence=((2, 0.15), (3, 0.2), (4, 0.2), (5, 0.15), (6, 0.1), (8, 0.1), (12, 0.1)),
+)
+MIXES = {"short": SHORT_ABSENCE, "long": LONG_ABSENCE, "even": EVEN}
 
 
 @dataclass(frozen=True)
@@ -233,14 +240,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/clips"), help="folder of the clips")
     parser.add_argument("--count", type=int, default=3072)
     parser.add_argument("--latent-frames", type=int, default=33, help="latents a clip, a multiple of 3")
-    parser.add_argument("--absence", choices=("short", "long"), default="short", help="2-4 or 2-6 blocks out of sight")
+    parser.add_argument(
+        "--mix", choices=MIXES, default="short", help="curtains closed for 2-4 blocks, for 2-6, or half open scenes"
+    )
     parser.add_argument("--seed", type=int, default=0)
 
 
 def run(args: argparse.Namespace) -> int:
     """Build the cache the options describe; return the exit code."""
-    mix = SHORT_ABSENCE if args.absence == "short" else LONG_ABSENCE
-    build_clips(Codec.load(args.codec), args.out, args.count, args.latent_frames, args.seed, mix)
+    codec = Codec.load(args.codec)
+    build_clips(codec, args.out, args.count, args.latent_frames, args.seed, MIXES[args.mix])
     return 0
 
 

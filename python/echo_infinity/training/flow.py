@@ -59,7 +59,8 @@ class FlowTraining:
         reappear_noise: least ``u`` (noise level before the shift) in those blocks.
         shift: of the training noise levels.
         context_noise: largest standard deviation of noise on the clean latents that a context pass caches.
-        own_context: share of context passes that cache the model's own prediction instead of the truth.
+        own_context: share of context passes that cache the model's own one-step prediction instead of the truth;
+            a block that is not graded costs a pass more then.
         ema: decay of the averaged weights, which are the ones saved.
         seed: of weights, clips and noise.
         memory: False trains without memory.
@@ -279,21 +280,25 @@ class FlowTrainer:
             read = None if memory is None else memory.read(call)
             x0 = latents[:, block * per_block : (block + 1) * per_block]
             predicted, sigma = x0, torch.ones(batch, 1, 1, 1, 1)
-            if block in graded:
-                u = torch.rand(batch, generator=generator)
+            u = torch.rand(batch, generator=generator)
+            own = block not in graded and torch.rand((), generator=generator) < s.own_context
+            if block in graded or own:
                 again = marks["reappear"][:, block]
-                u = torch.where(again, s.reappear_noise + (1 - s.reappear_noise) * u, u)
+                if not own:
+                    u = torch.where(again, s.reappear_noise + (1 - s.reappear_noise) * u, u)
                 sigma = (s.shift * u / (1 + (s.shift - 1) * u))[:, None, None, None, None]
                 noise = torch.randn(x0.shape, generator=generator)
                 x_t = (1 - sigma) * x0 + sigma * noise
-                level = self.model.condition(1000 * sigma.view(batch, 1))
-                flow = self.model(x_t, level, text, cache, call, read).float()
-                losses.append((flow - (noise - x0)).square().mean(dim=(1, 2, 3, 4)))
-                weights.append(torch.where(again, s.reappear_weight, 1.0))
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not own):
+                    level = self.model.condition(1000 * sigma.view(batch, 1))
+                    flow = self.model(x_t, level, text, cache, call, read).float()
+                if not own:
+                    losses.append((flow - (noise - x0)).square().mean(dim=(1, 2, 3, 4)))
+                    weights.append(torch.where(again, s.reappear_weight, 1.0))
                 predicted = x_t - sigma * flow.detach()
             if block < max(graded):
                 with torch.no_grad():
-                    context = self._context(x0, predicted, sigma, generator)
+                    context = self._context(x0, predicted, sigma, 1.0 if own else s.own_context, generator)
                     self.model(context, clean, text, cache, call, read, output=False)
                 torch.clear_autocast_cache()  # or weights cast here, without a gradient, would serve the next block
         loss, weight = torch.stack(losses, 1), torch.stack(weights, 1)  # (B, blocks)
@@ -304,12 +309,14 @@ class FlowTrainer:
                 parts[name] = loss.detach()[mask].mean().item()
         return (loss * weight).sum() / weight.sum(), parts
 
-    def _context(self, x0: Tensor, predicted: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+    def _context(
+        self, x0: Tensor, predicted: Tensor, sigma: Tensor, own_share: float, generator: torch.Generator
+    ) -> Tensor:
         """Latents for a context pass: noisy truth, or the model's own prediction, as it will meet in a rollout."""
         s = self.settings
         level = s.context_noise * torch.rand(sigma.shape, generator=generator)
         noisy = x0 + level * torch.randn(x0.shape, generator=generator)
-        own = (torch.rand(sigma.shape, generator=generator) < s.own_context) & (sigma < 0.8)
+        own = (torch.rand(sigma.shape, generator=generator) < own_share) & (sigma < 0.8)
         return torch.where(own, predicted, noisy)
 
     def save(self) -> None:
