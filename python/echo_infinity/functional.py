@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from echo_ext import rope_rotate
+from echo_ext import rope_rotate, stream_attention
 from echo_ext.attention import shift_queries
 from echo_ext.ring import width_norm
 from echo_infinity.cache import KV, Call
@@ -42,12 +42,12 @@ class FunctionalKV:
         """Append a block's K/V to ``layer`` and attend; see :meth:`echo_infinity.cache.RingKV.attend`."""
         eps = self.config.model.eps
         k = width_norm(k, norms[1], eps)
-        new = _Held(
-            range(call.start, call.start + call.frames), rope_rotate(k, call.frame_table, call.grid_table), v, k
-        )
+        raw = k if layer == len(self._held) - 1 else None  # memory writes read the last layer only
+        rotated = rope_rotate(k, call.frame_table, call.grid_table)
+        new = _Held(range(call.start, call.start + call.frames), rotated, v, raw)
         old = self._held[layer]
         kept = [] if old is None else self._kept(old, call)
-        held = self._held[layer] = _join([*kept, new], self.tokens_per_frame)
+        held = self._held[layer] = _join([*kept, new])
         if not output:
             return None
         q = rope_rotate(width_norm(q, norms[0], eps), call.frame_table, call.grid_table)
@@ -73,23 +73,26 @@ class FunctionalKV:
         index = [i for i, f in enumerate(held.frames) if first <= f < last]
         span = slice(index[0] * self.tokens_per_frame, (index[-1] + 1) * self.tokens_per_frame)
         k = held.raw if self.config.window.relative else held.k
+        assert k is not None
         return k[:, span], held.v[:, span]
 
     def _kept(self, old: _Held, call: Call) -> list[_Held]:
         """Runs of frames of ``old`` that stay: the sink, and the local frames before the call."""
         w, t = self.config.window, self.tokens_per_frame
         oldest = call.start + call.frames - w.local_frames
-        keep = [i for i, f in enumerate(old.frames) if f < call.start and (f < w.sink_frames or f >= oldest)]
-        runs: list[_Held] = []
-        for i in keep:
-            span = slice(i * t, (i + 1) * t)
-            runs.append(_Held([old.frames[i]], old.k[:, span], old.v[:, span], old.raw[:, span]))
-        if len(keep) == len(old.frames):
+        keep = [f < call.start and (f < w.sink_frames or f >= oldest) for f in old.frames]
+        if all(keep):
             return [old]
-        return runs
+        edges = [i for i, (a, b) in enumerate(zip([False, *keep], [*keep, False], strict=True)) if a != b]
+        return [old.part(first, last, t) for first, last in zip(edges[::2], edges[1::2], strict=True)]
 
     def _attention(self, q: Tensor, held: _Held, call: Call, memory: KV | None) -> Tensor:
         split = 0 if call.shift is None else call.slots.sink * self.tokens_per_frame
+        if not torch.is_grad_enabled():
+            sink = (held.k[:, :split], held.v[:, :split]) if split else None
+            narrow = None if memory is None else (memory[0].to(q.dtype), memory[1].to(q.dtype))
+            ring = (held.k[:, split:], held.v[:, split:])
+            return stream_attention(q, sink=sink, memory=narrow, ring=ring, shift=call.shift)
         keys, values = [held.k[:, split:]], [held.v[:, split:]]
         fixed = [(held.k[:, :split], held.v[:, :split])] if split else []
         if memory is not None:
@@ -109,14 +112,22 @@ class FunctionalKV:
 
 
 class _Held:
-    """Frames a layer holds: ``k`` rotated, ``raw`` before rotation, ``v``; each ``(B, n * T_f, H, d)``."""
+    """Frames a layer holds: ``k`` rotated, ``v``, ``raw`` keys before rotation; each ``(B, n * T_f, H, d)``."""
 
-    def __init__(self, frames: range | list[int], k: Tensor, v: Tensor, raw: Tensor) -> None:
+    def __init__(self, frames: range | list[int], k: Tensor, v: Tensor, raw: Tensor | None) -> None:
         self.frames, self.k, self.v, self.raw = list(frames), k, v, raw
 
+    def part(self, first: int, last: int, tokens_per_frame: int) -> _Held:
+        """Views of the frames at places ``first .. last - 1``."""
+        span = slice(first * tokens_per_frame, last * tokens_per_frame)
+        raw = None if self.raw is None else self.raw[:, span]
+        return _Held(self.frames[first:last], self.k[:, span], self.v[:, span], raw)
 
-def _join(parts: list[_Held], tokens_per_frame: int) -> _Held:
+
+def _join(parts: list[_Held]) -> _Held:
     if len(parts) == 1:
         return parts[0]
     frames = [f for part in parts for f in part.frames]
-    return _Held(frames, *(torch.cat([getattr(p, name) for p in parts], dim=1) for name in ("k", "v", "raw")))
+    raws = [part.raw for part in parts if part.raw is not None]
+    k, v = torch.cat([part.k for part in parts], dim=1), torch.cat([part.v for part in parts], dim=1)
+    return _Held(frames, k, v, torch.cat(raws, dim=1) if raws else None)

@@ -147,7 +147,9 @@ def test_keeps_no_more_frames_than_the_window():
         engine_stream(cache, model, memory, config, geometry, inputs, words)
     for held in cache._held:
         assert held.frames == [*range(5), *range(20, 27)]
-        assert held.k.shape == held.raw.shape == held.v.shape == (2, 12 * 4, 2, 12)
+        assert held.k.shape == held.v.shape == (2, 12 * 4, 2, 12)
+    assert [held.raw is None for held in cache._held] == [True] * (len(cache._held) - 1) + [False]
+    assert cache._held[-1].raw.shape == (2, 12 * 4, 2, 12)
 
 
 def test_sink_of_an_empty_cache_is_an_error():

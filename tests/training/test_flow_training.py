@@ -68,7 +68,7 @@ def test_resume_equals_an_unbroken_run(clips, config, tmp_path):
 def test_resume_refuses_other_settings(clips, config, tmp_path):
     FlowTrainer(SETTINGS, config, clips, tmp_path).save()
     other = FlowTrainer(replace(SETTINGS, rate=1.0), config, clips, tmp_path)
-    with pytest.raises(ValueError, match="use the same settings or --restart"):
+    with pytest.raises(ValueError, match="use the same options, another --out, or --restart"):
         other.resume()
 
 

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
-import os
-import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from ..codec import SPACE_STRIDE, Codec, CodecConfig, to_uint8, to_unit
 from ..worlds import World, block_start, nearest_colour
 from ..worlds.motion import SIZE, centres
+from .loop import Trainer
 
 HELD_OUT = 1 << 20  # worlds with smaller seeds are never trained on
 _KINDS = ("open",) * 9 + ("curtain",) * 7 + ("path",) * 4
@@ -95,12 +92,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class CodecTrainer:
+class CodecTrainer(Trainer):
     """A codec, its optimiser and its place in the run.
 
     Args:
         settings: of the run; a checkpoint written with others is refused.
-        out: folder of ``checkpoint.safetensors``, ``log.csv`` and ``loss.png``.
+        out: the run's folder.
         config: sizes of a new codec.
         init: a codec to start from instead.
 
@@ -108,12 +105,13 @@ class CodecTrainer:
         ValueError: ``decoder_only`` without ``init``.
     """
 
+    name, curves = "codec", ("loss", "l1")
+
     def __init__(
         self, settings: CodecTraining, out: Path, config: CodecConfig | None = None, init: Codec | None = None
     ) -> None:
         if settings.decoder_only and init is None:
             raise ValueError("decoder_only keeps an encoder, but there is none: give a trained codec (--init)")
-        self.settings, self.out, self.step = settings, Path(out), 0
         torch.manual_seed(settings.seed)
         self.codec = (Codec(config) if init is None else init).train()
         self.codec.encoder.requires_grad_(not settings.decoder_only)
@@ -122,46 +120,15 @@ class CodecTrainer:
             self.codec.latent_std.fill_(1.0)
         self.codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         trained = [p for p in self.codec.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.Adam(trained, lr=settings.rate, betas=(0.9, 0.99))
-        self.log: list[dict[str, float]] = []
+        optimiser = torch.optim.Adam(trained, lr=settings.rate, betas=(0.9, 0.99))
+        super().__init__(settings, json.dumps(asdict(self.codec.config)), out, optimiser)
 
-    @property
-    def checkpoint(self) -> Path:
-        """Where the run is kept."""
-        return self.out / "checkpoint.safetensors"
-
-    def train(self, until: int | None = None, save_every: int = 500) -> bool:
-        """Take steps up to ``until`` (by default all); save now and then, at the end and on Ctrl-C.
-
-        Returns:
-            Whether the run went through.
-        """
-        until = self.settings.steps if until is None else until
-        bar = tqdm(total=until, initial=self.step, desc="codec", mininterval=2.0)
-        try:
-            while self.step < until:
-                row = self._take_step()
-                self.log.append(row)
-                bar.update()
-                bar.set_postfix(loss=f"{row['loss']:.4f}", l1=f"{row['l1']:.4f}", refresh=False)
-                if self.step % save_every == 0:
-                    self.save()
-        except KeyboardInterrupt:
-            return False
-        finally:
-            bar.close()
-            self.save()
-            plot_loss(self.log, self.out / "loss.png")
-        return True
-
-    def _take_step(self) -> dict[str, float]:
-        s, began = self.settings, time.perf_counter()
+    def take_step(self) -> dict[str, float]:
+        """Reconstruct a batch of clips, backward, and step."""
+        s = self.settings
         frames = training_batch(s, self.step)
         generator = torch.Generator().manual_seed((s.seed << 32) + self.step)
-        warm = min(1.0, (self.step + 1) / s.warmup)
-        rate = s.rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.step / s.steps)))
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
+        self.set_rate(s.rate, s.warmup, floor=0.01)
         with torch.autocast("cpu", torch.bfloat16, enabled=s.bf16):
             unit = self._unit_latents(frames)
             level = s.noise * torch.rand(len(unit), 1, 1, 1, 1, generator=generator)
@@ -172,15 +139,7 @@ class CodecTrainer:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.codec.parameters(), 1.0)
         self.optimiser.step()
-        self.step += 1
-        return {
-            "step": self.step,
-            "loss": loss.item(),
-            "l1": l1.item(),
-            "grad_norm": norm.item(),
-            "rate": rate,
-            "seconds": time.perf_counter() - began,
-        }
+        return {"loss": loss.item(), "l1": l1.item(), "grad_norm": norm.item()}
 
     def _unit_latents(self, frames: Tensor) -> Tensor:
         if self.settings.decoder_only:
@@ -215,59 +174,13 @@ class CodecTrainer:
         latents = torch.cat([self.codec.encode_raw(batch)[0] for batch in batches])
         return latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4))
 
-    def save(self) -> None:
-        """Write weights, optimiser, step and log to ``out``, atomically."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        tensors = {f"codec.{k}": v.detach().contiguous() for k, v in self.codec.state_dict().items()}
-        for index, entry in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{k}": v.detach().contiguous() for k, v in entry.items()}
-        metadata = {"settings": json.dumps(asdict(self.settings)), "step": str(self.step)}
-        metadata["config"] = json.dumps(asdict(self.codec.config))
-        partial = self.checkpoint.with_suffix(".partial")
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, self.checkpoint)
-        if self.log:
-            with open(self.out / "log.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, list(self.log[0]))
-                writer.writeheader()
-                writer.writerows(self.log)
+    def tensors(self) -> dict[str, Tensor]:
+        """The codec's weights and statistics."""
+        return {f"codec.{name}": x for name, x in self.codec.state_dict().items()}
 
-    def resume(self) -> bool:
-        """Go back to the checkpoint in ``out``, if there is one; steps after it are the ones an unbroken run takes.
-
-        Raises:
-            ValueError: the checkpoint can't be read or was written with other settings.
-        """
-        if not self.checkpoint.is_file():
-            return False
-        try:
-            with safe_open(self.checkpoint, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"{self.checkpoint} can't be read ({error}); delete it or use --restart") from error
-        mine = {"settings": json.dumps(asdict(self.settings)), "config": json.dumps(asdict(self.codec.config))}
-        for name, value in mine.items():
-            if metadata.get(name) != value:
-                raise ValueError(
-                    f"{self.checkpoint} was written with {name} {metadata.get(name)}, this run has {value}; "
-                    "use the same options, another --out, or --restart"
-                )
-        self.codec.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("codec.")})
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("adam."):
-                _, index, key = name.split(".")
-                state.setdefault(int(index), {})[key] = tensor
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-        self.step = int(metadata["step"])
-        log = self.out / "log.csv"
-        if log.is_file():
-            with open(log, newline="") as file:
-                rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-            self.log = [row for row in rows if row["step"] <= self.step]
-        return True
+    def load_tensors(self, named: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`tensors` returned."""
+        self.codec.load_state_dict({name.removeprefix("codec."): x for name, x in named.items()})
 
 
 def training_batch(settings: CodecTraining, step: int) -> Tensor:
@@ -360,18 +273,3 @@ def judge(codec: Codec, worlds: int = 24, latent_frames: int = 12, noise: float 
         "object_psnr": decibels(object_square / max(1, 3 * object_pixels)),
         "colour_accuracy": right / max(1, object_pixels),
     }
-
-
-def plot_loss(log: list[dict[str, float]], path: Path) -> None:
-    """Draw the loss and the L1 of a log over its steps."""
-    if not log:
-        return
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for name in ("loss", "l1"):
-        axes.semilogy([row["step"] for row in log], [row[name] for row in log], label=name, linewidth=0.8)
-    axes.set_xlabel("step")
-    axes.legend()
-    figure.savefig(path, dpi=120)

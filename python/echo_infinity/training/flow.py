@@ -4,17 +4,12 @@ written, later blocks read them, and gradients go back through the memory across
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import math
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from echo_infinity.cache import Geometry
 from echo_infinity.codec import Codec
@@ -26,16 +21,8 @@ from echo_infinity.recall import StreamMemory
 from echo_infinity.text import GrammarText
 from echo_infinity.training.align import attend_by_place, copy_by_place
 from echo_infinity.training.clips import Clips, join_clips, load_clips
-from echo_infinity.training.plots import plot_lines
-from echo_infinity.weights import (
-    find,
-    load_checkpoint,
-    load_parts,
-    read_tensors,
-    save_checkpoint,
-    text_metadata,
-    write_tensors,
-)
+from echo_infinity.training.loop import Trainer
+from echo_infinity.weights import find, load_checkpoint, load_parts, save_checkpoint
 from echo_infinity.worlds import VOCABULARY
 
 GROUPS = ("reappear", "first_open", "sighted", "closed")
@@ -126,18 +113,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class FlowTrainer:
+class FlowTrainer(Trainer):
     """A generator, its averaged weights, its optimiser and its place in the run.
 
     Args:
         settings: of the run.
         config: geometry.
         clips: encoded clips, from :func:`load_clips`.
-        out: folder of ``checkpoint.safetensors``, ``log.csv``, ``loss.png`` and ``model/``.
+        out: the run's folder; ``model/`` in it is the exported model.
     """
 
+    name, curves, extendable = "flow", ("loss", *GROUPS), True
+
     def __init__(self, settings: FlowTraining, config: EchoConfig, clips: Clips, out: Path) -> None:
-        self.settings, self.config, self.clips, self.out, self.step = settings, config, clips, Path(out), 0
+        self.config, self.clips = config, clips
         torch.manual_seed(settings.seed)
         self.model = CausalDiT(config.model)
         nn.init.zeros_(self.model.head.head.weight)
@@ -150,13 +139,8 @@ class FlowTrainer:
         groups = [{"params": rest, "factor": 1.0}]
         if self.memory is not None:
             groups.append({"params": list(self.memory.parameters()), "factor": settings.memory_rate})
-        self.optimiser = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-        self.log: list[dict[str, float]] = []
-
-    @property
-    def checkpoint(self) -> Path:
-        """Where the run is kept."""
-        return self.out / "checkpoint.safetensors"
+        optimiser = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        super().__init__(settings, config.to_json(), out, optimiser)
 
     def modules(self) -> dict[str, nn.Module]:
         """The trained parts by name."""
@@ -186,37 +170,11 @@ class FlowTrainer:
             copy_by_place(self.memory)
         self.averaged = {name: x.detach().clone() for name, x in self.parameters()}
 
-    def train(self, until: int | None = None, save_every: int = 100) -> bool:
-        """Take steps up to ``until`` (by default all); save now and then, at the end and on Ctrl-C.
-
-        Returns:
-            Whether the run went through.
-        """
-        until = self.settings.steps if until is None else until
-        bar = tqdm(total=until, initial=self.step, desc="flow", mininterval=5.0)
-        try:
-            while self.step < until:
-                row = self.take_step()
-                self.log.append(row)
-                bar.update()
-                bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", *GROUPS) if k in row}, refresh=False)
-                if self.step % save_every == 0:
-                    self.save()
-        except KeyboardInterrupt:
-            return False
-        finally:
-            bar.close()
-            self.save()
-        return True
-
     def take_step(self) -> dict[str, float]:
         """Draw a batch, go forward through its blocks, backward through all of them, and step."""
-        s, began = self.settings, time.perf_counter()
+        s = self.settings
         generator = torch.Generator().manual_seed((s.seed << 32) + self.step)
-        warm = min(1.0, (self.step + 1) / s.warmup)
-        cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / s.steps)))
-        for group in self.optimiser.param_groups:
-            group["lr"] = s.rate * warm * cosine * group["factor"]
+        self.set_rate(s.rate, s.warmup, floor=0.1)
         index, graded = self._draw(generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=s.bf16):
             loss, parts = self.loss(index, generator, graded)
@@ -224,13 +182,11 @@ class FlowTrainer:
         loss.backward()
         norm = nn.utils.clip_grad_norm_([x for _, x in self.parameters()], 1.0)
         self.optimiser.step()
-        self.step += 1
-        decay = min(s.ema, (1 + self.step) / (10 + self.step))
+        decay = min(s.ema, (2 + self.step) / (11 + self.step))
         with torch.no_grad():
             names, values = zip(*self.parameters(), strict=True)
             torch._foreach_lerp_([self.averaged[name] for name in names], list(values), 1 - decay)
-        seconds = time.perf_counter() - began
-        return {"step": self.step, "loss": loss.item(), **parts, "grad_norm": norm.item(), "seconds": seconds}
+        return {"loss": loss.item(), **parts, "grad_norm": norm.item()}
 
     def _draw(self, generator: torch.Generator) -> tuple[Tensor, list[int]]:
         """Draw a batch of clips and the blocks to grade; clips of one batch reappear in the same block."""
@@ -319,50 +275,16 @@ class FlowTrainer:
         own = (torch.rand(sigma.shape, generator=generator) < own_share) & (sigma < 0.8)
         return torch.where(own, predicted, noisy)
 
-    def save(self) -> None:
-        """Write weights, averages, optimiser, step, log and plot to ``out``, the checkpoint atomically."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        tensors = {f"weights.{name}": x.detach() for name, x in self.parameters()}
-        tensors |= {f"averaged.{name}": x for name, x in self.averaged.items()}
-        for i, entry in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"adam.{i}.{name}": x for name, x in entry.items()}
-        metadata = {"settings": json.dumps(asdict(self.settings)), "config": self.config.to_json()}
-        metadata |= {"step": str(self.step), "log": json.dumps(self.log)}
-        write_tensors(self.checkpoint, {k: x.contiguous() for k, x in tensors.items()}, metadata)
-        if self.log:
-            columns = ["step", "loss", *GROUPS, "grad_norm", "seconds"]
-            with open(self.out / "log.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(self.log)
-            plot_lines(self.log, GROUPS, self.out / "loss.png", "flow-matching loss by block")
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and averaged weights."""
+        named = {f"weights.{name}": x.detach() for name, x in self.parameters()}
+        return named | {f"averaged.{name}": x for name, x in self.averaged.items()}
 
-    def resume(self) -> bool:
-        """Go on from the checkpoint in ``out`` if there is one; says whether there was.
-
-        Raises:
-            ValueError: the checkpoint can't be read, or is of another geometry or other settings than the length.
-        """
-        if not self.checkpoint.is_file():
-            return False
-        metadata = text_metadata(self.checkpoint)
-        old = FlowTraining(**json.loads(metadata["settings"]))
-        if replace(old, steps=self.settings.steps) != self.settings:
-            raise ValueError(f"{self.checkpoint} was made with {old}; use the same settings or --restart")
-        if metadata["config"] != self.config.to_json():
-            raise ValueError(f"{self.checkpoint} is of another geometry; use another --out or --restart")
-        tensors = read_tensors(self.checkpoint)
-        weights = {name.removeprefix("weights."): x for name, x in tensors.items() if name.startswith("weights.")}
+    def load_tensors(self, named: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`tensors` returned."""
+        weights = {name.removeprefix("weights."): x for name, x in named.items() if name.startswith("weights.")}
         load_parts({f"{name}.": part for name, part in self.modules().items()}, weights, str(self.checkpoint))
-        self.averaged = {n.removeprefix("averaged."): x for n, x in tensors.items() if n.startswith("averaged.")}
-        adam = self.optimiser.state_dict()
-        for name, x in tensors.items():
-            if name.startswith("adam."):
-                _, i, key = name.split(".")
-                adam["state"].setdefault(int(i), {})[key] = x
-        self.optimiser.load_state_dict(adam)
-        self.step, self.log = int(metadata["step"]), json.loads(metadata["log"])
-        return True
+        self.averaged = {n.removeprefix("averaged."): x for n, x in named.items() if n.startswith("averaged.")}
 
     def export(self, codec: Codec, folder: Path | None = None) -> Path:
         """Write the averaged weights as a model folder (by default ``out/model``) and return it."""

@@ -1,0 +1,135 @@
+"""What every training run shares: steps with a progress bar, a checkpoint that resumes bit for bit, log and plot."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from echo_infinity.training.plots import plot_lines
+from echo_infinity.weights import read_tensors, text_metadata, write_tensors
+
+
+class Trainer(ABC):
+    """A run in a folder: ``checkpoint.safetensors``, ``log.csv`` and ``loss.png``.
+
+    Args:
+        settings: a dataclass with ``steps``; a checkpoint written with others is refused.
+        config: what else fixes the run, as text; likewise.
+        out: the folder.
+        optimiser: of the trained weights.
+    """
+
+    name: ClassVar[str]  # on the progress bar
+    curves: ClassVar[Sequence[str]]  # columns of the log that are shown and drawn
+    extendable: ClassVar[bool] = False  # whether a longer run may go on from a shorter one's checkpoint
+
+    def __init__(self, settings: Any, config: str, out: Path, optimiser: Optimizer) -> None:
+        self.settings, self.out, self.optimiser, self.step = settings, Path(out), optimiser, 0
+        self.log: list[dict[str, float]] = []
+        self._config = config
+
+    @abstractmethod
+    def take_step(self) -> dict[str, float]:
+        """Update the weights once; return what the log keeps of it, the columns of ``curves`` among it."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the run but the optimiser's, by name."""
+
+    @abstractmethod
+    def load_tensors(self, named: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`tensors` returned."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run is kept."""
+        return self.out / "checkpoint.safetensors"
+
+    def train(self, until: int | None = None, save_every: int = 100) -> bool:
+        """Take steps up to ``until`` (by default all); save now and then, at the end and on Ctrl-C.
+
+        Returns:
+            Whether the run went through.
+        """
+        until = self.settings.steps if until is None else until
+        bar = tqdm(total=until, initial=self.step, desc=self.name, mininterval=5.0)
+        try:
+            while self.step < until:
+                began = time.perf_counter()
+                row = self.take_step()
+                self.step += 1
+                self.log.append({"step": self.step, **row, "seconds": time.perf_counter() - began})
+                bar.update()
+                bar.set_postfix({k: f"{row[k]:.3f}" for k in self.curves if k in row}, refresh=False)
+                if self.step % save_every == 0:
+                    self.save()
+        except KeyboardInterrupt:
+            return False
+        finally:
+            bar.close()
+            self.save()
+        return True
+
+    def set_rate(self, peak: float, warmup: int, floor: float) -> None:
+        """Set this step's learning rate: linear warm-up, then a cosine to ``floor`` of ``peak``; times each group's
+        ``factor``, where it has one."""
+        warm = min(1.0, (self.step + 1) / warmup)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / self.settings.steps)))
+        for group in self.optimiser.param_groups:
+            group["lr"] = peak * warm * (floor + (1 - floor) * cosine) * group.get("factor", 1.0)
+
+    def save(self) -> None:
+        """Write weights, optimiser, step and log, the checkpoint atomically."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        tensors = dict(self.tensors())
+        for i, entry in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{name}": x for name, x in entry.items()}
+        metadata = {"settings": json.dumps(asdict(self.settings)), "config": self._config}
+        metadata |= {"step": str(self.step), "log": json.dumps(self.log)}
+        write_tensors(self.checkpoint, {name: x.detach().contiguous() for name, x in tensors.items()}, metadata)
+        if self.log:
+            columns = list(dict.fromkeys(name for row in self.log for name in row))
+            with open(self.out / "log.csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(self.log)
+            plot_lines(self.log, self.curves, self.out / "loss.png", f"{self.name}: loss by step")
+
+    def resume(self) -> bool:
+        """Go on from the checkpoint if there is one, with the steps that an unbroken run takes; say whether there was.
+
+        Raises:
+            ValueError: the checkpoint can't be read, or was made with other settings or another configuration.
+        """
+        if not self.checkpoint.is_file():
+            return False
+        metadata, tensors = text_metadata(self.checkpoint), read_tensors(self.checkpoint)
+        theirs, mine = json.loads(metadata["settings"]), asdict(self.settings)
+        if self.extendable:
+            theirs["steps"] = mine["steps"]
+        for what, old, new in (("settings", theirs, mine), ("config", metadata["config"], self._config)):
+            if old != json.loads(json.dumps(new)):
+                raise ValueError(
+                    f"{self.checkpoint} was made with {what} {old}, this run has {new}; "
+                    "use the same options, another --out, or --restart"
+                )
+        self.load_tensors({name: x for name, x in tensors.items() if not name.startswith("adam.")})
+        adam = self.optimiser.state_dict()
+        for name, x in tensors.items():
+            if name.startswith("adam."):
+                _, i, key = name.split(".")
+                adam["state"].setdefault(int(i), {})[key] = x
+        self.optimiser.load_state_dict(adam)
+        self.step, self.log = int(metadata["step"]), json.loads(metadata["log"])
+        return True
