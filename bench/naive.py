@@ -77,8 +77,8 @@ class NaiveSampler(BlockSampler):
             self.video[:, first : self.frame] = block
         return block
 
-    def _draw(self, step: int) -> Tensor:
-        return self._starts[self.block] if "video" in self.wastes and step == 0 else super()._draw(step)
+    def draw(self, step: int) -> Tensor:
+        return self._starts[self.block] if "video" in self.wastes and step == 0 else super().draw(step)
 
     def _flow(self, x: Tensor, t: float, call: Call, *, output: bool = True) -> Tensor | None:
         g = self.generator

@@ -52,7 +52,7 @@ def frame_table(
     """
     ids = torch.as_tensor(ids, dtype=torch.float64, device="cpu")
     ids = ids[None] if ids.ndim == 1 else ids
-    return _cos_sin(ids[..., None] * _frequencies(axis_pairs(head_dim)[0])).to(device=device)
+    return _cos_sin(ids[..., None] * _frequencies(axis_pairs(head_dim)[0])).to(device=device, non_blocking=True)
 
 
 def grid_table(
@@ -79,7 +79,7 @@ def grid_table(
     rows = torch.as_tensor(rows, dtype=torch.float64, device="cpu")
     columns = torch.as_tensor(columns, dtype=torch.float64, device="cpu")
     angles = [rows[:, None] * _frequencies(n_row), columns[:, None] * _frequencies(n_column)]
-    return _cos_sin(torch.cat(angles, dim=-1)).to(device=device)
+    return _cos_sin(torch.cat(angles, dim=-1)).to(device=device, non_blocking=True)
 
 
 def rope_rotate(x: Tensor, frame_table: Tensor, grid_table: Tensor, *, backend: Backend = "auto") -> Tensor:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from echo_infinity.config import EchoConfig, preset
+    from echo_infinity.finite import NonFiniteError
     from echo_infinity.pipeline import EchoPipeline
-    from echo_infinity.sampler import NonFiniteError
     from echo_infinity.state import ResumeWarning
     from echo_infinity.stream import Stream
 

@@ -110,7 +110,7 @@ class Geometry:
             frames=frames,
             ids=ids,
             slots=slots,
-            slot_index=torch.tensor([slots.write], device=self.device),
+            slot_index=torch.tensor([slots.write]).to(self.device, non_blocking=True),
             frame_table=frame_table(list(absolute), self.head_dim, device=self.device),
             key_frame_table=key_table,
             shift=shift,

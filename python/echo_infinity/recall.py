@@ -14,6 +14,8 @@ from echo_infinity.config import EchoConfig, memory_grid
 from echo_infinity.memory import EvolvingMemory
 from echo_infinity.positions import grid_positions
 
+_Version = tuple[int, range, bool]
+
 
 class _Cache(Protocol):
     def evicted(self, call: Call) -> list[KV]: ...
@@ -56,7 +58,8 @@ class StreamMemory:
         self.writes = 0
         self.pending: list[KV] = []
         self._next: Tensor | None = None
-        self._read: tuple[tuple[int, range, bool], list[KV]] | None = None
+        self._read: tuple[_Version, list[KV]] | None = None
+        self._fixed: tuple[Tensor, list[KV]] | None = None  # the state's and the keys' and values' own addresses
 
     @property
     def active(self) -> bool:
@@ -79,9 +82,14 @@ class StreamMemory:
 
     def publish(self) -> None:
         """Make the prepared write visible to the next call; does nothing if there is none."""
-        if self._next is not None:
-            self.state, self._next = self._next, None
-            self.writes += 1
+        if self._next is None:
+            return
+        if self._fixed is not None and self.state is self._fixed[0]:
+            self.state.copy_(self._next)
+        else:
+            self.state = self._next
+        self._next = None
+        self.writes += 1
 
     def rewrite(self, segments: list[KV], cache: _Cache) -> None:
         """Start over from the learned start with one write of ``segments`` (memory re-cache at a prompt switch)."""
@@ -127,15 +135,52 @@ class StreamMemory:
         """Rotated keys and values ``(B, M * T_m, H, d)`` of every layer, or None where the call reads no memory."""
         if not self.active or not len(call.ids.memory):
             return None
-        version = (self.writes, call.ids.memory, torch.is_grad_enabled())  # a read without gradient serves no training
+        version = self._version(call)
         if self._read is None or self._read[0] != version:
-            self._read = version, self._project(call)
+            groups = self._project(call)
+            if self._fixed is not None and self.state is self._fixed[0]:
+                groups = _copy_into(self._fixed[1], groups)
+            self._read = version, self._by_layer(groups)
         return self._read[1]
+
+    def fix(self, call: Call) -> None:
+        """From here on write state, keys and values where they lie, so that a captured graph finds them.
+
+        Brings them up to date for ``call``; to be called before each replay, since a prompt switch or a loaded state
+        may have put others in their place.
+        """
+        if self._fixed is None:
+            self._fixed = self.state.clone(), [(k.clone(), v.clone()) for k, v in self._project(call)]
+        if self.state is not self._fixed[0]:
+            self._fixed[0].copy_(self.state)
+            self.state, self._read = self._fixed[0], None
+        if self._read is not None and self._read[1][0][0] is not self._fixed[1][0][0]:
+            self._read = None
+        self.read(call)
+
+    def replayed(self, call: Call) -> None:
+        """Count the write that a replayed graph did, and know its keys and values as read."""
+        assert self._fixed is not None
+        self.writes += call.slots.evicted.frames > 0
+        self._read = self._version(call), self._by_layer(self._fixed[1])
+
+    def bookmark(self) -> tuple[object, ...]:
+        """What the host knows; with :meth:`back_to`, a capture that runs nothing leaves it as it was."""
+        return self.state, self.writes, self._next, self._read
+
+    def back_to(self, bookmark: tuple[object, ...]) -> None:
+        """Restore what :meth:`bookmark` returned."""
+        self.state, self.writes, self._next, self._read = bookmark  # type: ignore[assignment]
+
+    def _version(self, call: Call) -> _Version:
+        return self.writes, call.ids.memory, torch.is_grad_enabled()  # a read without gradient serves no training
 
     def _project(self, call: Call) -> list[KV]:
         keys, values = self.module.read(self.state)  # (G, B, M * T_m, H, d)
         table = frame_table(list(call.ids.memory), self.module.config.head_dim, device=keys.device)
-        groups = [(rope_rotate(k, table, self._grid), v) for k, v in zip(keys, values, strict=True)]
+        return [(rope_rotate(k, table, self._grid), v) for k, v in zip(keys, values, strict=True)]
+
+    def _by_layer(self, groups: list[KV]) -> list[KV]:
         layers = self.config.model.layers
         return [groups[self.module.config.group_of(layer, layers)] for layer in range(layers)]
 
@@ -153,6 +198,13 @@ class StreamMemory:
                 k_rope.append((frame_table(ids, m.head_dim, device=state.device), self._video_grid))
                 first += count
         return self.module.write(state, segments, sink=sink, q_rope=q_rope, k_rope=k_rope)
+
+
+def _copy_into(fixed: list[KV], new: list[KV]) -> list[KV]:
+    for (k, v), (new_k, new_v) in zip(fixed, new, strict=True):
+        k.copy_(new_k)
+        v.copy_(new_v)
+    return fixed
 
 
 def _join(segments: list[KV]) -> KV:

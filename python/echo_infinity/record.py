@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from echo_infinity.sampler import NonFiniteError
+from echo_infinity.finite import NonFiniteError
 from echo_infinity.state import SavedVideo
 from echo_infinity.stream import Stream
 from echo_infinity.video import VideoWriteError, VideoWriter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,15 +10,13 @@ from torch import Tensor
 
 from echo_infinity.cache import KV, Call, Geometry, RingKV
 from echo_infinity.config import EchoConfig
+from echo_infinity.finite import FiniteWatch
+from echo_infinity.graphs import BlockGraphs
 from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.model import CausalDiT, Conditioning
 from echo_infinity.noise import Noise
 from echo_infinity.recall import StreamMemory
 from echo_infinity.schedule import FlowSchedule
-
-
-class NonFiniteError(RuntimeError):
-    """A block came out with NaN or Inf; the stream stopped before anything of it was emitted."""
 
 
 class Generator:
@@ -65,6 +63,7 @@ class BlockSampler:
         noise: where noise comes from; see :mod:`echo_infinity.noise`.
         batch: ``B``.
         memory_dtype: of the memory state; default the weights'.
+        graphs: replay blocks as CUDA graphs once their slots and ids repeat; by default where the model is on a GPU.
 
     Source: docs/method.md section 5.
     """
@@ -76,6 +75,7 @@ class BlockSampler:
         noise: Noise,
         batch: int = 1,
         memory_dtype: torch.dtype | None = None,
+        graphs: bool | None = None,
     ) -> None:
         config = generator.config
         self.generator, self.text, self.noise, self.batch = generator, text, noise, batch
@@ -86,6 +86,9 @@ class BlockSampler:
         self._shape = (batch, w.frames_per_block, m.latent_channels, config.latent_rows, config.latent_columns)
         # The last frames' latents, for re-caching under another prompt: frame f in slot f % window_frames.
         self.window = torch.zeros(batch, w.window_frames, *self._shape[2:], device=generator.device)
+        self.finite = FiniteWatch()
+        on_gpu = generator.device.type == "cuda"
+        self.graphs = BlockGraphs(self) if (on_gpu if graphs is None else graphs) else None
 
     @property
     def block(self) -> int:
@@ -105,12 +108,32 @@ class BlockSampler:
             ``(B, F, C, h, w)`` float32 clean latents.
 
         Raises:
-            NonFiniteError: the block holds NaN or Inf; the stream is where it was before the block, but its window
-                and memory may be spoilt: resume from the last saved state.
+            NonFiniteError: the block holds NaN or Inf (on a GPU perhaps an earlier one: the loop does not wait for the
+                answer); the stream's window and memory may be spoilt: resume from the last saved state.
+        """
+        self.finite.check()
+        call = self._call(self.frame, self._shape[1])
+        x = None
+        if self.graphs is not None and not self.graphs.why_not(call):
+            x = self.graphs.run(call)
+        if x is None:
+            x = self.run_calls(call, self.draw)
+        self.finite.note(x, self.block)
+        self._remember(x)
+        return x
+
+    def run_calls(self, call: Call, draw: Callable[[int], Tensor]) -> Tensor:
+        """Run a block's calls: denoising, the memory's write beside the first of them, the context pass.
+
+        Args:
+            call: plan of the block.
+            draw: noise of each draw, ``(B, F, C, h, w)``.
+
+        Returns:
+            ``(B, F, C, h, w)`` clean latents.
         """
         g = self.generator
-        call = self._call(self.frame, self._shape[1])
-        x = self._draw(0)
+        x = draw(0)
         if self.memory is not None:
             self.memory.prepare(self.cache, call)
         for i, t in enumerate(g.timesteps):
@@ -118,15 +141,18 @@ class BlockSampler:
             assert flow is not None
             if i == 0 and self.memory is not None:
                 self.memory.publish()
-            x = self._step(x, flow, i)
-        if not torch.isfinite(x).all():
-            raise NonFiniteError(
-                f"block {self.block} holds NaN or Inf after denoising; resume from the last saved state, "
-                "in float32 if the stream ran in a narrower dtype"
-            )
+            x = self._step(x, flow, i, draw)
         self._flow(x, 0.0, call, output=False)
-        self._remember(x)
         return x
+
+    @property
+    def draws(self) -> int:
+        """Draws of noise a block takes."""
+        return 1 if self.generator.config.sampler.solver == "euler" else len(self.generator.timesteps)
+
+    def draw(self, step: int) -> Tensor:
+        """Noise of the coming block: step 0 starts it, step i re-noises before call i; ``(B, F, C, h, w)`` float32."""
+        return self.noise(self.block, step, self._shape).to(self.generator.device, non_blocking=True)
 
     @torch.inference_mode()
     def observe(self, latents: Tensor) -> None:
@@ -228,7 +254,7 @@ class BlockSampler:
         flow = g.model(x, g.level(t), self.text, self.cache, call, memory, output=output)
         return None if flow is None else flow.to(x.dtype)
 
-    def _step(self, x: Tensor, flow: Tensor, i: int) -> Tensor:
+    def _step(self, x: Tensor, flow: Tensor, i: int, draw: Callable[[int], Tensor]) -> Tensor:
         g = self.generator
         t = g.timesteps[i]
         if i + 1 == len(g.timesteps):
@@ -236,7 +262,4 @@ class BlockSampler:
         after = g.timesteps[i + 1]
         if g.config.sampler.solver == "euler":
             return x + (g.schedule.sigma(after) - g.schedule.sigma(t)) * flow
-        return g.schedule.add_noise(g.schedule.to_x0(x, flow, t), self._draw(i + 1), after)
-
-    def _draw(self, step: int) -> Tensor:
-        return self.noise(self.block, step, self._shape).to(self.generator.device)
+        return g.schedule.add_noise(g.schedule.to_x0(x, flow, t), draw(i + 1), after)

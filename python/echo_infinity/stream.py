@@ -17,8 +17,9 @@ from torch import Tensor
 
 from echo_infinity.cache import KV
 from echo_infinity.codec import TIME_STRIDE, to_uint8
+from echo_infinity.finite import NonFiniteError
 from echo_infinity.noise import counter_noise
-from echo_infinity.sampler import BlockSampler, NonFiniteError
+from echo_infinity.sampler import BlockSampler
 from echo_infinity.settings import PromptChange, StreamSettings
 from echo_infinity.state import SavedStream, SavedVideo, environment, write_state
 
@@ -138,6 +139,11 @@ class Stream:
                 self._failure = NonFiniteError("the decoder gave NaN or Inf; resume from the last saved state")
                 raise self._failure
             frames = to_uint8(pixels[0]).permute(0, 2, 3, 1).cpu()
+        try:
+            self._sampler.finite.check(wait=True)  # the pixels were waited for: the answers are there
+        except NonFiniteError as error:
+            self._failure = error
+            raise
         self._decoder = state
         self._undecoded -= 1
         return frames.clone(memory_format=torch.contiguous_format)

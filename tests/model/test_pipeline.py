@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
+from echo_infinity.finite import NonFiniteError
 from echo_infinity.noise import counter_noise
 from echo_infinity.pipeline import EchoPipeline
-from echo_infinity.sampler import NonFiniteError
 from echo_infinity.stream import AutosaveWarning
 from numerics import assert_same_bits
 from small import CIRCLE, SQUARE, save_small, small_pipe

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from echo_ext import __version__
 from echo_infinity.commands import UserError
 from echo_infinity.commands.places import hold_places, state_path
+from echo_infinity.finite import NonFiniteError
 from echo_infinity.pipeline import EchoPipeline
 from echo_infinity.record import Recorder, append_line, resident_bytes, save_somewhere
-from echo_infinity.sampler import NonFiniteError
 from echo_infinity.settings import frame_count
 from echo_infinity.state import SavedStream, SavedVideo, read_state
 from echo_infinity.stream import Stream
