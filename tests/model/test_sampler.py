@@ -200,7 +200,7 @@ def test_an_euler_step_matches_golden_data():
     sampler = BlockSampler(generator, [], counter_noise(1))
     for i, index in enumerate((0, 250, 500, 750)):
         generator.timesteps = generator.schedule.timesteps[[index, index + 1]].tolist()
-        out = sampler._step(tensors["shift5.noise"][i], tensors["shift5.flow"][i], 0)
+        out = sampler._step(tensors["shift5.noise"][i], tensors["shift5.flow"][i], 0, sampler.draw)
         assert_golden(out, tensors["shift5.step"][i])
 
 
