@@ -261,7 +261,7 @@ class NaiveMemory(StreamMemory):
     def layer(self, layer: int, call: Call) -> KV:
         """Keys and values of one layer, from the state."""
         if "rope" not in self._wastes:
-            return self._project(call)[layer]
+            return self._by_layer(self._project(call))[layer]
         if "reproject" in self._wastes or self._raw is None or self._raw[0] != self.writes:
             self._raw = self.writes, self.module.read(self.state)
         group = self.module.config.group_of(layer, self.config.model.layers)
