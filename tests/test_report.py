@@ -1,4 +1,4 @@
-"""The GPU run's report: shares of the ceilings, the baseline's ratios, and what is missing by name; exit 2 without a GPU."""
+"""The report of a GPU run: shares of ceilings, the baseline's ratios, missing parts by name; exit 2 without a GPU."""
 
 import json
 import runpy
