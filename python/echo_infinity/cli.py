@@ -20,7 +20,11 @@ _DELEGATED = {
         "clips": "echo_infinity.training.clips",
         "flow": "echo_infinity.training.flow",
     },
-    "evaluate": {"recall": "echo_infinity.evaluation.recall", "rollout": "echo_infinity.evaluation.rollout"},
+    "evaluate": {
+        "recall": "echo_infinity.evaluation.recall",
+        "prompt": "echo_infinity.evaluation.prompt",
+        "rollout": "echo_infinity.evaluation.rollout",
+    },
 }
 _HELP = {"train": "train a part of the bundled model", "evaluate": "measure what a model does"}
 
