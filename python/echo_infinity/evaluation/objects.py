@@ -78,7 +78,7 @@ def best_shape(patch: Tensor) -> tuple[str, float]:
     """Return the shape that overlaps a patch ``(64, 64)`` bool most, over sizes, and that overlap."""
     rows, columns = (x.numpy() for x in patch.nonzero(as_tuple=True))
     own = np.zeros((2 * SIZE, 2 * SIZE), dtype=bool)  # centred on its centre of mass, as the templates are
-    own[rows - round(rows.mean()) + SIZE, columns - round(columns.mean()) + SIZE] = True
+    own[rows - _middle(rows) + SIZE, columns - _middle(columns) + SIZE] = True
     own = own[SIZE // 2 : -SIZE // 2, SIZE // 2 : -SIZE // 2]
     best = ("", 0.0)
     for shape, template in _templates():
@@ -86,6 +86,10 @@ def best_shape(patch: Tensor) -> tuple[str, float]:
         if overlap > best[1]:
             best = shape, float(overlap)
     return best
+
+
+def _middle(places: np.ndarray) -> int:
+    return int(np.floor(places.mean() + 0.5))  # round() takes halves to the even side, so now up, now down
 
 
 @functools.cache
@@ -97,6 +101,6 @@ def _templates() -> list[tuple[str, np.ndarray]]:
                 spec = ObjectSpec(colour="red", shape=shape, size="", radius=radius, place=(0, 0), velocity=(0, 0))
                 drawn = object_coverage(spec, np.array([[SIZE / 2 + offset, SIZE / 2 + offset]])).dense()[0] > 0.5
                 rows, columns = drawn.nonzero()
-                shift = SIZE // 2 - round(rows.mean()), SIZE // 2 - round(columns.mean())
+                shift = SIZE // 2 - _middle(rows), SIZE // 2 - _middle(columns)
                 found.append((shape, np.roll(drawn, shift, (0, 1))))
     return found

@@ -10,6 +10,7 @@ from .curtain import Schedule, time_open
 
 SIZE = 64  # pixels, both ways
 SINK_FRAMES = 9  # pixel frames of the sink (3 latent frames), which show no objects
+ENTRY_SPEED = 1.0  # pixels a frame at which objects that stay come in: most of one shows within a block
 HIDDEN_FRAMES = 60  # how long a path keeps an object out of sight; the local window is 36 pixel frames
 
 
@@ -48,8 +49,9 @@ def centres(spec: ObjectSpec, kind: str, schedule: Schedule | None, frames: np.n
         return np.stack([_bounce(spec.place[0], vx, t, low, high), _bounce(spec.place[1], vy, t, low, high)], -1)
     t = frames - spec.delay
     if kind == "open":
-        inward = abs(vx) * t - spec.radius  # before the first bounce a straight line in from the left edge
-        x = np.where(inward < low, inward, _bounce(low, 1.0, np.maximum(inward - low, 0.0), low, high))
+        inward = ENTRY_SPEED * t - spec.radius  # in from the left edge, then at its own speed
+        drifted = abs(vx) * np.maximum(inward - low, 0.0) / ENTRY_SPEED
+        x = np.where(inward < low, inward, _bounce(low, 1.0, drifted, low, high))
         return np.stack([x if vx > 0 else SIZE - x, _bounce(spec.place[1], vy, frames * 1.0, low, high)], -1)
     # A path crosses the frame, turns HIDDEN_FRAMES / 2 after leaving it and comes back along the same line.
     reach = SIZE / 2 + spec.radius + abs(vx) * HIDDEN_FRAMES / 2

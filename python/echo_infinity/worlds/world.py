@@ -22,6 +22,7 @@ _SPEEDS = {  # pixels a frame
     "open": {"slowly": (0.10, 0.15), None: (0.20, 0.30), "quickly": (0.40, 0.55)},
     "path": {"slowly": (0.80, 1.00), None: (1.15, 1.45), "quickly": (1.65, 2.00)},
 }
+_SOON = 0.6  # share of objects that come in within 18 frames of the sink
 _NUMBER_ODDS = (0.5, 0.32, 0.18)  # of 1, 2, 3 objects where the prompt leaves it open
 
 
@@ -238,5 +239,7 @@ def _place(
     else:
         angle = float(rng.uniform(-0.35, 0.35) if description.kind == "open" else rng.uniform(0, 2 * np.pi))
         velocity = (sign * speed * float(np.cos(angle)), speed * float(np.sin(angle)))
-    delay = SINK_FRAMES + 1 + float(rng.uniform(0, 18))
+    # Some of those that stay come late, so that a model learns that the named may still come into an empty scene.
+    late = description.kind == "open" and rng.random() >= _SOON
+    delay = SINK_FRAMES + 1 + float(rng.uniform(*((18, 90) if late else (0, 18))))
     return ObjectSpec(colour, shape, size, radius, (float(place[0]), float(place[1])), velocity, delay)
