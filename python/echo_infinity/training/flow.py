@@ -43,7 +43,7 @@ class FlowTraining:
             and others at random; the rest are only shown (context pass). 0 grades all blocks.
         reappear_share: share of batches of clips with a reappearance, where not all blocks are graded.
         reappear_weight: weight of blocks in which objects come back; only memory can lower their loss.
-        reappear_noise: least ``u`` (noise level before the shift) in those blocks.
+        reappear_noise: least ``u`` (noise level before the shift) in those blocks, and in half of first sights.
         shift: of the training noise levels.
         context_noise: largest standard deviation of noise on the clean latents that a context pass caches.
         own_context: share of context passes that cache the model's own one-step prediction instead of the truth;
@@ -240,8 +240,11 @@ class FlowTrainer(Trainer):
             own = block not in graded and torch.rand((), generator=generator) < s.own_context
             if block in graded or own:
                 again = marks["reappear"][:, block]
+                # What comes in or back is decided while there is much noise; of first sights only half are, or the
+                # rest of their noise levels would never be learned.
+                first = marks["first_open"][:, block] & (torch.rand(batch, generator=generator) < 0.5)
                 if not own:
-                    u = torch.where(again, s.reappear_noise + (1 - s.reappear_noise) * u, u)
+                    u = torch.where(again | first, s.reappear_noise + (1 - s.reappear_noise) * u, u)
                 sigma = (s.shift * u / (1 + (s.shift - 1) * u))[:, None, None, None, None]
                 noise = torch.randn(x0.shape, generator=generator)
                 x_t = (1 - sigma) * x0 + sigma * noise
