@@ -199,14 +199,15 @@ class FlowTrainer(Trainer):
         s = self.settings
         if not s.graded:
             return torch.randint(len(self.clips), (s.batch,), generator=generator), list(range(s.blocks))
-        chosen, pool = [], torch.arange(len(self.clips))
+        chosen, pool, end = [], torch.arange(len(self.clips)), s.blocks
         for share, marks in ((s.reappear_share, self.clips.reappear), (s.entry_share, self.clips.first_open)):
             if torch.rand((), generator=generator) < share and (marks := marks[:, : s.blocks]).any():
                 rows, blocks = marks.nonzero(as_tuple=True)
                 block = blocks[torch.randint(len(blocks), (), generator=generator)]
                 chosen, pool = [int(block)], rows[blocks == block]
+                end = min(s.blocks, int(block) + 3)  # a step costs what the blocks up to its last graded one cost
                 break
-        others = torch.randperm(s.blocks, generator=generator).tolist()
+        others = torch.randperm(end, generator=generator).tolist()
         chosen += [block for block in others if block not in chosen][: s.graded - len(chosen)]
         return pool[torch.randint(len(pool), (s.batch,), generator=generator)], sorted(chosen)
 
