@@ -160,8 +160,8 @@ def table(report: dict) -> str:
     before, after = report["load_average"]["before"], report["load_average"]["after"]
     lines = [
         f"{report['device']}, {report['cpu']}, {report['threads']} threads, torch {report['torch']}, "
-        f"commit {report['commit']}, geometry {report['geometry']}, median (min-max) of {report['blocks']} steady blocks, "
-        f"load average {before} before, {after} after",
+        f"commit {report['commit']}, geometry {report['geometry']}, "
+        f"median (min-max) of {report['blocks']} steady blocks, load average {before} before, {after} after",
         "",
         "| loop | " + " | ".join(f"{d} s/block | / engine | CPU s | / engine | difference" for d in results) + " |",
         "|---|" + "---|" * (5 * len(results)),
