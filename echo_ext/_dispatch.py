@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -13,8 +14,8 @@ Backend = Literal["auto", "kernel", "reference"]
 
 def why_not_kernel(op: str, x: Tensor, name: str) -> str | None:
     """The first reason the CUDA kernel of ``op`` can't take ``x``, or None if it can."""
-    if x.device.type != "cuda":
-        return f"{name} is on {x.device}"
+    if not x.is_cuda:
+        return f"{name} is on cpu" if x.is_cpu else f"{name} is on {x.device}"  # naming a device takes a while
     if reason := _native.why_no_kernels():
         return reason
     if not hasattr(_native.module(), f"{op}_fwd"):
@@ -31,3 +32,19 @@ def use_reference(op: str, backend: Backend, reason: str | None) -> bool:
     if backend == "kernel" and reason:
         raise RuntimeError(f"{op}: kernel can't run: {reason}")
     return backend == "reference" or bool(reason)
+
+
+def why_not_vectors(tensors: Mapping[str, Tensor | None]) -> str | None:
+    """The first tensor whose rows can't be read 16 bytes at a time, or None where all can."""
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        width = 16 // x.element_size()
+        if x.shape[-1] % width:
+            return f"the last dim of {name} is {x.shape[-1]}, no multiple of {width}"
+        if x.stride(-1) != 1:
+            return f"the last dim of {name} is strided"
+        steps = [step for step, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
+        if any(step % width for step in (*steps, x.storage_offset())):
+            return f"rows of {name} don't start at multiples of 16 bytes"
+    return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from echo_ext._autograd import recompute
 from echo_ext._dispatch import Backend, use_reference, why_not_kernel
 from echo_ext.attention import stream_attention
 from echo_ext.rope import check_tables, rope_rotate, rope_rotate_ref
@@ -353,7 +354,7 @@ class _MemoryXAttn(torch.autograd.Function):
         def again(q, norm_weight, *cache):
             return memory_xattn_ref(q, cache[:count], cache[count:], norm_weight, eps, scale, q_frames, q_grid)
 
-        return *(None,) * 5, *_recompute(again, inputs, ctx.needs_input_grad[5:], grad_out)
+        return *(None,) * 5, *recompute(again, inputs, ctx.needs_input_grad[5:], grad_out)
 
 
 class _GateBlend(torch.autograd.Function):
@@ -366,19 +367,7 @@ class _GateBlend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        return tuple(_recompute(gate_blend_ref, ctx.saved_tensors, ctx.needs_input_grad, grad_out))
-
-
-def _recompute(
-    function: Callable[..., Tensor], saved: Sequence[Tensor | None], needs: Sequence[bool], grad_out: Tensor
-) -> list[Tensor | None]:
-    """Gradients of ``function(*saved)`` for the inputs that need one, None for the others."""
-    inputs = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(saved, needs, strict=True)]
-    with torch.enable_grad():
-        out = function(*inputs)
-    wanted = [x for x, need in zip(inputs, needs, strict=True) if x is not None and need]
-    grads = iter(torch.autograd.grad(out, wanted, grad_out))
-    return [next(grads) if need else None for need in needs]
+        return tuple(recompute(gate_blend_ref, ctx.saved_tensors, ctx.needs_input_grad, grad_out))
 
 
 _LIB.impl("memory_xattn", lambda *args: _read_in_place(*args).contiguous(), "CPU")
