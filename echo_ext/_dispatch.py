@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from echo_ext import _native
@@ -14,8 +15,8 @@ Backend = Literal["auto", "kernel", "reference"]
 
 def why_not_kernel(op: str, x: Tensor, name: str) -> str | None:
     """The first reason the CUDA kernel of ``op`` can't take ``x``, or None if it can."""
-    if not x.is_cuda:
-        return f"{name} is on cpu" if x.is_cpu else f"{name} is on {x.device}"  # naming a device takes a while
+    if not (x.is_cpu if _native.emulated() else x.is_cuda):
+        return f"{name} is on cpu" if x.is_cpu else f"{name} is on {x.device}"  # asking a device's name takes longer
     if reason := _native.why_no_kernels():
         return reason
     if not hasattr(_native.module(), f"{op}_fwd"):
@@ -48,3 +49,16 @@ def why_not_vectors(tensors: Mapping[str, Tensor | None]) -> str | None:
         if any(step % width for step in (*steps, x.storage_offset())):
             return f"rows of {name} don't start at multiples of 16 bytes"
     return None
+
+
+def register(
+    lib: torch.library.Library, op: str, *, kernel: Callable[..., Any], reference: Callable[..., Any], fake: Callable
+) -> None:
+    """Make ``kernel`` the op on CUDA and ``reference`` on the CPU, except where kernels are emulated there."""
+
+    def on_cpu(*args: Any) -> Any:
+        return (kernel if _native.emulated() else reference)(*args)
+
+    lib.impl(op, kernel, "CUDA")
+    lib.impl(op, on_cpu, "CPU")
+    torch.library.register_fake(f"echo_ext::{op}", fake, lib=lib)

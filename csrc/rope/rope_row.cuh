@@ -42,7 +42,7 @@ SIMT_DEV void load_angles(float2 (&angle)[N], int first, int frame_pairs, const 
   for (int i = 0; i < N; ++i) {
     const int pair = first / 2 + i;
     const float* entry = pair < SIMT_OFF(1, frame_pairs) ? frame + 2 * pair : grid + 2 * (pair - frame_pairs);
-    angle[i] = *reinterpret_cast<const float2*>(entry);
+    angle[i] = {entry[0], entry[1]};
   }
 }
 
