@@ -25,6 +25,7 @@ inline constexpr int64_t kAny = -1;
 // Raises ValueError unless the view has this shape, kAny standing for any size, and a dense last dim.
 void check_shape(const char* name, const TensorView& v, std::initializer_list<int64_t> shape);
 void check_dtype(const char* name, const TensorView& v, DType dtype);
+void check_contiguous(const char* name, const TensorView& v);
 
 // One call of a kernel: names the tensors it may touch, then launches without the interpreter's lock.
 class Call {

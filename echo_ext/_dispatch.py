@@ -11,6 +11,7 @@ from torch import Tensor
 from echo_ext import _native
 
 Backend = Literal["auto", "kernel", "reference"]
+MAX_ROW_BYTES = 1 << 15  # of a token that a block of threads holds: csrc/common/block_row.cuh
 
 
 def why_not_kernel(op: str, x: Tensor, name: str) -> str | None:
@@ -46,7 +47,9 @@ def why_not_vectors(tensors: Mapping[str, Tensor | None]) -> str | None:
         if x.stride(-1) != 1:
             return f"the last dim of {name} is strided"
         steps = [step for step, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
-        if any(step % width for step in (*steps, x.storage_offset())):
+        if not torch.compiler.is_compiling():  # which can't ask where a tensor starts; the binding then raises
+            steps.append(x.storage_offset())
+        if any(step % width for step in steps):
             return f"rows of {name} don't start at multiples of 16 bytes"
     return None
 

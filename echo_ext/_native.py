@@ -18,7 +18,8 @@ except ImportError as error:  # a source tree that was never built
 TensorTuple = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 Stream = tuple[int, int]
 
-DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # what kernels compute in
+_VIEW_CODE = {**DTYPE_CODE, torch.int64: 3}
 
 
 def why_no_kernels() -> str:
@@ -81,9 +82,9 @@ def view(x: Tensor) -> TensorTuple:
     Raises:
         ValueError: no kernel is built for ``x.dtype``.
     """
-    if x.dtype not in DTYPE_CODE:
+    if x.dtype not in _VIEW_CODE:
         raise ValueError(f"dtype {x.dtype} is not built; convert to one of {', '.join(map(str, DTYPE_CODE))}")
-    return x.data_ptr(), DTYPE_CODE[x.dtype], tuple(x.shape), x.stride()
+    return x.data_ptr(), _VIEW_CODE[x.dtype], tuple(x.shape), x.stride()
 
 
 def stream_of(x: Tensor) -> Stream:

@@ -7,10 +7,10 @@ import functools
 import torch
 from torch import Tensor
 
+from echo_ext import _native
 from echo_ext._autograd import recompute
-from echo_ext._dispatch import Backend, use_reference, why_not_kernel, why_not_vectors
+from echo_ext._dispatch import MAX_ROW_BYTES, Backend, register, use_reference, why_not_kernel, why_not_vectors
 
-_MAX_ROW_BYTES = 1 << 15  # 1024 threads of two vectors of 16 bytes
 _LIB = torch.library.Library("echo_ext", "FRAGMENT")
 _LIB.define("modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor")
 _LIB.define("gated_add(Tensor x, Tensor y, Tensor gate) -> Tensor")
@@ -183,8 +183,8 @@ def _why_not_kernel(
     for name, z in tensors.items():
         if z is not None and z.dtype != x.dtype:
             return f"{name} is {z.dtype}, x is {x.dtype}"
-    if x.shape[2] * x.element_size() > _MAX_ROW_BYTES:
-        return f"a token of {x.shape[2]} {x.dtype} is wider than {_MAX_ROW_BYTES} bytes"
+    if x.shape[2] * x.element_size() > MAX_ROW_BYTES:
+        return f"a token of {x.shape[2]} {x.dtype} is wider than {MAX_ROW_BYTES} bytes"
     return why_not_vectors(tensors)
 
 
@@ -231,16 +231,50 @@ class _GatedModulate(torch.autograd.Function):
         return *recompute(again, ctx.saved_tensors, ctx.needs_input_grad[:5], grads), None
 
 
-def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.contiguous() for x in tensors)
+def _run(op: str, x: Tensor, outputs: dict[str, Tensor], **inputs: Tensor | float | None) -> None:
+    given = {"x": x, **inputs, **outputs}
+    views = {name: _native.view(z) if isinstance(z, Tensor) else z for name, z in given.items()}
+    getattr(_native.module(), f"{op}_fwd")(**views, stream=_native.stream_of(x))
 
 
-for _device in ("CPU", "CUDA"):
-    _LIB.impl("modulate", lambda *args: modulate_ref(*args).contiguous(), _device)
-    _LIB.impl("gated_add", lambda *args: gated_add_ref(*args).contiguous(), _device)
-    _LIB.impl("gated_modulate", lambda *args: _contiguous(*gated_modulate_ref(*args)), _device)
-torch.library.register_fake("echo_ext::modulate", lambda x, *rest: x.new_empty(x.shape), lib=_LIB)
-torch.library.register_fake("echo_ext::gated_add", lambda x, *rest: x.new_empty(x.shape), lib=_LIB)
-torch.library.register_fake(
-    "echo_ext::gated_modulate", lambda x, *rest: (x.new_empty(x.shape), x.new_empty(x.shape)), lib=_LIB
+def _modulate_kernel(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    out = x.new_empty(x.shape)
+    _run("modulate", x, {"out": out}, shift=shift, scale=scale, eps=eps)
+    return out
+
+
+def _gated_add_kernel(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    out = x.new_empty(x.shape)
+    _run("gated_add", x, {"sum": out}, y=y, gate=gate)
+    return out
+
+
+def _gated_modulate_kernel(
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    total, out = x.new_empty(x.shape), x.new_empty(x.shape)
+    _run("gated_modulate", x, {"sum": total, "out": out}, y=y, gate=gate, shift=shift, scale=scale, eps=eps)
+    return total, out
+
+
+register(
+    _LIB,
+    "modulate",
+    kernel=_modulate_kernel,
+    reference=lambda *args: modulate_ref(*args).contiguous(),
+    fake=lambda x, *rest: x.new_empty(x.shape),
+)
+register(
+    _LIB,
+    "gated_add",
+    kernel=_gated_add_kernel,
+    reference=lambda *args: gated_add_ref(*args).contiguous(),
+    fake=lambda x, *rest: x.new_empty(x.shape),
+)
+register(
+    _LIB,
+    "gated_modulate",
+    kernel=_gated_modulate_kernel,
+    reference=lambda *args: tuple(z.contiguous() for z in gated_modulate_ref(*args)),
+    fake=lambda x, *rest: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )

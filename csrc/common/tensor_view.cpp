@@ -17,11 +17,13 @@ std::string name_of(DType dtype) {
       return "float16";
     case DType::kBF16:
       return "bfloat16";
+    case DType::kI64:
+      return "int64";
   }
-  ECHO_CHECK(false, "dtype code must be 0, 1 or 2, got ", int(dtype));
+  ECHO_CHECK(false, "dtype code must be 0 to 3, got ", int(dtype));
 }
 
-int item_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+int item_bytes(DType dtype) { return dtype == DType::kI64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
 
 std::string describe(const TensorView& view) {
   return concat(name_of(view.dtype), " ", tuple_text(view.size, view.ndim), ", strides ",

@@ -4,7 +4,7 @@
 #include <string>
 
 namespace echo {
-enum class DType : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2 };
+enum class DType : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2, kI64 = 3 };
 
 inline constexpr int kMaxDims = 5;
 

@@ -12,7 +12,7 @@ void launch(const ModulateParams& p, simt::Stream stream) {
   ECHO_CHECK(p.tokens <= INT32_MAX, "x has too many tokens for one launch: ", p.tokens);
   ECHO_CHECK(p.batch <= UINT16_MAX, "x has a batch of ", p.batch, ", at most ", UINT16_MAX, " are built");
   simt::launch_kernel(modulate_fwd_kernel<T>, dim3(unsigned(p.tokens), unsigned(p.batch)),
-                      dim3(unsigned(threads)), 2 * kSumFloats * sizeof(float), stream, p);
+                      dim3(unsigned(threads)), 3 * kSumFloats * sizeof(float), stream, p);
 }
 }  // namespace
 

@@ -17,9 +17,9 @@ struct ModulateParams {
   DType dtype = DType::kF32;    // of all of them
   float eps = 0;
   int64_t batch = 0, tokens = 0, width = 0, frame_tokens = 0;
-  // In elements; 0 where a dim has one index or none.
-  int64_t x_batch = 0, x_token = 0, y_batch = 0, y_token = 0;
-  int64_t gate_batch = 0, gate_frame = 0, shift_batch = 0, shift_frame = 0, scale_batch = 0, scale_frame = 0;
+  int64_t x_stride[2] = {}, y_stride[2] = {};  // batch, token; in elements
+  int64_t gate_stride[2] = {}, shift_stride[2] = {},
+          scale_stride[2] = {};  // batch, frame; 0 for a dim of size 1
 };
 
 void modulate_fwd(const ModulateParams& p, simt::Stream stream);

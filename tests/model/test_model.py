@@ -123,8 +123,6 @@ def test_every_frame_can_have_its_own_timestep(micro):
                 assert_no_worse_than(x[:, i : i + 1], y, y)
 
 
-
-
 @torch.no_grad()
 def test_every_norm_uses_the_configured_eps():
     settings, _ = load("rollout_nomem")
