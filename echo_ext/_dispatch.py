@@ -46,10 +46,10 @@ def why_not_vectors(tensors: Mapping[str, Tensor | None]) -> str | None:
             return f"the last dim of {name} is {x.shape[-1]}, no multiple of {width}"
         if x.stride(-1) != 1:
             return f"the last dim of {name} is strided"
+        # While it compiles, torch can't ask where a tensor starts; the binding raises where that was wrong.
+        start = 0 if torch.compiler.is_compiling() else x.storage_offset()
         steps = [step for step, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
-        if not torch.compiler.is_compiling():  # which can't ask where a tensor starts; the binding then raises
-            steps.append(x.storage_offset())
-        if any(step % width for step in steps):
+        if any(step % width for step in (start, *steps)):
             return f"rows of {name} don't start at multiples of 16 bytes"
     return None
 

@@ -157,7 +157,9 @@ def _check(
             good = _check_vector(name, v.shape, shape, affine, good)
 
 
-def _check_vector(name: str, own: torch.Size, shape: torch.Size, affine: bool, before: tuple[int, ...]) -> torch.Size:
+def _check_vector(
+    name: str, own: torch.Size, shape: torch.Size, affine: bool, before: tuple[int, ...]
+) -> tuple[int, ...]:
     """Check the shape of one vector a frame, or of a norm's weight where ``affine``; return it."""
     b, t, d = shape
     if affine:

@@ -90,7 +90,7 @@ def test_gradient_through_the_kernel_is_the_references(case, emulated):
     for backend in ("kernel", "reference"):
         torch.manual_seed(1)
         t = make((2, 2, 2, 16), requires_grad=True)
-        inputs = [x for x in [t["x"], *(t[n] for n in ARGUMENTS[case] if n)]]
+        inputs = [t[name] for name in ("x", *ARGUMENTS[case]) if name]
         outs = call(case, t, backend=backend)
         grads.append(torch.autograd.grad([out.square().sum() for out in outs], inputs))
     for x, y in zip(*grads, strict=True):
