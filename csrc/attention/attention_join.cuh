@@ -1,0 +1,41 @@
+// Joins what several blocks found for the tiles they shared: a softmax over the parts' log-sum-exps.
+#pragma once
+#include "attention/attention_core.cuh"
+
+namespace echo::attention {
+
+inline constexpr int kJoinThreads = 128;
+// Blocks of attention_join_kernel: (tiles, parts of a tile), a thread for eight columns of a row.
+inline int join_blocks(int32_t rows, int32_t d) { return (rows * d / 8 + kJoinThreads - 1) / kJoinThreads; }
+
+template <class T, int D>
+SIMT_GLOBAL void SIMT_BOUNDS(kJoinThreads, 8) attention_join_kernel(AttentionParams p, int32_t rows) {
+  const Schedule& s = p.schedule;
+  const int32_t tile = blockIdx.x;
+  const int32_t i = blockIdx.y * kJoinThreads + threadIdx.x, row = i / (D / 8), column = i % (D / 8) * 8;
+  const int64_t begin = int64_t(tile) * s.steps;
+  const int32_t first = s.sharer_of(begin), last = s.sharer_of(begin + s.steps - 1);
+  const Place at = place_of(p, s.whole + tile, rows);
+  if (first == last || row >= rows || at.row + row >= SIMT_OFF(1, p.queries)) return;
+  float top = -INFINITY;
+  for (int32_t b = first; b <= last; ++b)
+    top = fmaxf(top, p.partial_lse[int64_t(s.slot_of(b, tile)) * rows + row]);
+  float sum = 0, out[8] = {};
+  for (int32_t b = first; b <= SIMT_OFF(2, last); ++b) {
+    const int64_t part = int64_t(s.slot_of(b, tile)) * rows + row;
+    const float weight = simt::ex2(p.partial_lse[part] - top);
+    float x[8];
+    simt::load_floats(x, p.partial_out + part * D + column);
+    sum += weight;
+    SIMT_UNROLL
+    for (int c = 0; c < 8; ++c) out[c] = fmaf(weight, x[c], out[c]);
+  }
+  SIMT_UNROLL
+  for (int c = 0; c < 8; ++c) out[c] /= sum;
+  T* to = static_cast<T*>(p.out) + ((int64_t(at.b) * p.queries + at.row + row) * p.heads + at.h) * D + column;
+  simt::store_floats(to, out);
+  if (p.lse && column == 0)
+    p.lse[(int64_t(at.b) * p.heads + at.h) * p.queries + at.row + row] = (top + log2f(sum)) * 0.69314718056f;
+}
+
+}  // namespace echo::attention
