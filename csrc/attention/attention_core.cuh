@@ -213,26 +213,28 @@ SIMT_DEV void add_values(float (&o)[Tile<T, D>::kRowTiles][D / 8][4],
   }
 }
 
+// The two functions below take fragments of one m16 tile, `s[4 n + e]` for n < kTiles.
+
 // Keys from `left` on are not there.
 template <int kTiles>
-SIMT_DEV void mask_keys(float (&s)[kTiles][4], int32_t left) {
+SIMT_DEV void mask_keys(float* s, int32_t left) {
   const int column = (threadIdx.x & 3) * 2;
   SIMT_UNROLL
   for (int n = 0; n < kTiles; ++n) {
     SIMT_UNROLL
     for (int e = 0; e < 4; ++e)
-      if (n * 8 + column + (e & 1) >= left) s[n][e] = -INFINITY;
+      if (n * 8 + column + (e & 1) >= left) s[4 * n + e] = -INFINITY;
   }
 }
 
-// Turns scores of half a tile's rows (h: the lower or the upper) into weights 2^(s scale - m), m the running maximum in
-// units of log 2, and returns the factor by which everything before them shrinks. m is rounded once, and exactly
-// that number is subtracted, kept and reported: scores may be as large as float32 holds.
+// Turns the scores of a lane's upper (h = 0) or lower row into weights 2^(s scale - m), m the running maximum in units
+// of log 2, and returns the factor by which everything before them shrinks. m is rounded once, and exactly that
+// number is subtracted, kept and reported: scores may be as large as float32 holds.
 template <int kTiles>
-SIMT_DEV float to_weights(float (&s)[kTiles][4], int h, float scale_log2, float& m, float& sum) {
-  float top = s[0][2 * h];
+SIMT_DEV float to_weights(float* s, int h, float scale_log2, float& m, float& sum) {
+  float top = s[2 * h];
   SIMT_UNROLL
-  for (int n = 0; n < kTiles; ++n) top = fmaxf(top, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+  for (int n = 0; n < kTiles; ++n) top = fmaxf(top, fmaxf(s[4 * n + 2 * h], s[4 * n + 2 * h + 1]));
   top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
   top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
   const float next = fmaxf(m, top * scale_log2), shrink = simt::ex2(m - next);
@@ -242,8 +244,8 @@ SIMT_DEV float to_weights(float (&s)[kTiles][4], int h, float scale_log2, float&
   for (int n = 0; n < kTiles; ++n) {
     SIMT_UNROLL
     for (int e = 2 * h; e < 2 * h + 2; ++e) {
-      s[n][e] = simt::ex2(fmaf(s[n][e], scale_log2, -next));
-      add += s[n][e];
+      s[4 * n + e] = simt::ex2(fmaf(s[4 * n + e], scale_log2, -next));
+      add += s[4 * n + e];
     }
   }
   sum = sum * shrink + add;
@@ -335,13 +337,13 @@ SIMT_DEV void attend(const AttentionParams& p, const Query& query) {
       const int32_t left = p.segment[keys.segment].tokens - keys.first;
       if (left < C::kKeys) {
         SIMT_UNROLL
-        for (int r = 0; r < C::kRowTiles; ++r) mask_keys(s[r], SIMT_OFF(9, left));
+        for (int r = 0; r < C::kRowTiles; ++r) mask_keys<C::kKeys / 8>(s[r][0], SIMT_OFF(9, left));
       }
       SIMT_UNROLL
       for (int r = 0; r < C::kRowTiles; ++r) {
         SIMT_UNROLL
         for (int h = 0; h < 2; ++h) {
-          const float shrink = to_weights(s[r], h, p.scale_log2, m[r][h], sum[r][h]);
+          const float shrink = to_weights<C::kKeys / 8>(s[r][0], h, p.scale_log2, m[r][h], sum[r][h]);
           SIMT_UNROLL
           for (int i = 0; i < D / 8; ++i) {
             o[r][i][2 * h] *= shrink;
