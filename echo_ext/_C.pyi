@@ -1,8 +1,12 @@
-from echo_ext._native import TensorTuple
+from echo_ext._native import Stream, TensorTuple
 
 cuda_version: str | None
 cuda_archs: str
+emulated: bool
 
 def driver_error() -> str: ...
 def device_info() -> tuple[str, ...]: ...
 def describe(x: TensorTuple) -> str: ...
+def rope_rotate_fwd(
+    x: TensorTuple, frame_table: TensorTuple, grid_table: TensorTuple, out: TensorTuple, stream: Stream
+) -> None: ...

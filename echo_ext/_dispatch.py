@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from echo_ext import _native
@@ -13,7 +15,7 @@ Backend = Literal["auto", "kernel", "reference"]
 
 def why_not_kernel(op: str, x: Tensor, name: str) -> str | None:
     """The first reason the CUDA kernel of ``op`` can't take ``x``, or None if it can."""
-    if x.device.type != "cuda":
+    if x.device.type != ("cpu" if _native.emulated() else "cuda"):
         return f"{name} is on {x.device}"
     if reason := _native.why_no_kernels():
         return reason
@@ -31,3 +33,16 @@ def use_reference(op: str, backend: Backend, reason: str | None) -> bool:
     if backend == "kernel" and reason:
         raise RuntimeError(f"{op}: kernel can't run: {reason}")
     return backend == "reference" or bool(reason)
+
+
+def register(
+    lib: torch.library.Library, op: str, *, kernel: Callable[..., Any], reference: Callable[..., Any], fake: Callable
+) -> None:
+    """Make ``kernel`` the op on CUDA and ``reference`` on the CPU, except where kernels are emulated there."""
+
+    def on_cpu(*args: Any) -> Any:
+        return (kernel if _native.emulated() else reference)(*args)
+
+    lib.impl(op, kernel, "CUDA")
+    lib.impl(op, on_cpu, "CPU")
+    torch.library.register_fake(f"echo_ext::{op}", fake, lib=lib)

@@ -16,6 +16,7 @@ except ImportError as error:  # a source tree that was never built
     _NOT_BUILT = f"echo_ext._C is not built ({error}); run: pip install -e . --no-build-isolation"
 
 TensorTuple = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+Stream = tuple[int, int]
 
 DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -29,10 +30,20 @@ def why_no_kernels() -> str:
 why_no_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def emulated() -> bool:
+    """Whether the module runs its kernels on the CPU, as the one that the tests put in place of ``_C`` does."""
+    return _C is not None and _C.emulated
+
+
+emulated._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.cache
 def _probe() -> str:
     if _C is None:
         return _NOT_BUILT
+    if _C.emulated:
+        return ""
     if _C.cuda_version is None:
         return "echo_ext was built without nvcc"
     if not torch.cuda.is_available():
@@ -75,6 +86,9 @@ def view(x: Tensor) -> TensorTuple:
     return x.data_ptr(), DTYPE_CODE[x.dtype], tuple(x.shape), x.stride()
 
 
-def stream_of(x: Tensor) -> int:
-    """Return the raw handle of the stream current on ``x``'s device, so that graph capture sees the launch."""
-    return torch.cuda.current_stream(x.device).cuda_stream
+def stream_of(x: Tensor) -> Stream:
+    """Return (device index, raw handle) of the stream current where ``x`` lies, so that graph capture sees launches."""
+    if x.device.type == "cpu":
+        return 0, 0  # the emulator has no streams
+    stream = torch.cuda.current_stream(x.device)
+    return stream.device_index, stream.cuda_stream

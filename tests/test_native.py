@@ -65,6 +65,7 @@ def test_build_info_agrees_with_the_module():
 
 
 def test_exactly_a_machine_without_kernels_has_a_reason():
+    assert not _native.module().emulated
     runs = _native.module().cuda_version is not None and torch.cuda.is_available()
     reason = _native.why_no_kernels()
     assert (reason == "") == (runs and _native.module().driver_error() == "")
@@ -79,11 +80,20 @@ def test_reason_is_a_constant_to_the_compiler():
     assert torch.equal(compiled(torch.zeros(2)), add_one_without_kernels(torch.zeros(2)))
 
 
+def test_a_device_without_kernels_has_no_streams():
+    assert _native.stream_of(torch.zeros(1)) == (0, 0)
+
+
+def test_emulated_module_stands_in_for_the_compiled_one(emulated):
+    assert _native.module() is emulated.module
+    assert build_info() == {"cuda": None, "archs": "", "devices": (), "why_no_kernels": ""}
+
+
 @pytest.mark.gpu
 def test_stream_of_is_the_stream_current_on_the_device():
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        assert _native.stream_of(torch.zeros(1, device="cuda")) == stream.cuda_stream
+        assert _native.stream_of(torch.zeros(1, device="cuda")) == (stream.device_index, stream.cuda_stream)
 
 
 @pytest.mark.gpu
