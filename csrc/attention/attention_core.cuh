@@ -6,18 +6,17 @@
 //     attend<T, D>(p, [&](int b, int row, int h, int chunk, bool turned) -> uint4 { .. });
 //   }
 //
-// `p` is (derived from) AttentionParams with plan() called for Tile<T, D>::kRows, kKeys. The functor returns 16
-// bytes of the query as its keys must meet it: elements chunk * 16 / sizeof(T) and on of row `row` < p.queries;
-// `turned` is true for the first p.turned segments. load_chunk() returns them unchanged. Launch with
-// schedule.blocks blocks of 128 threads and Tile<T, D>::kSmemBytes; where schedule.sharers is not 0, launch
-// attention_join_kernel<T, D> after it.
+// `p` is (derived from) AttentionParams with plan() called for Tile<T, D>::kRows, kKeys. The functor returns
+// 16 bytes of the query as its keys must meet it: elements chunk * 16 / sizeof(T) and on of row `row` <
+// p.queries; `turned` is true for the first p.turned segments. load_chunk() returns them unchanged. Launch
+// with schedule.blocks blocks of 128 threads and Tile<T, D>::kSmemBytes, then launch_join<T, D>
+// (attention_join.cuh).
 //
 // Layouts: q, k and v rows are 16-byte aligned. Shared memory holds the query tile and a ring of three tiles,
 // keys and values in turn, rows of 16-byte chunks swizzled so that ldmatrix meets no bank conflict.
 #pragma once
 #include "attention/attention_params.h"
 #include "simt/simt.h"
-#include "simt/opaque.h"
 
 namespace echo::attention {
 
@@ -25,7 +24,8 @@ template <class T, int D>
 struct Tile {
   static constexpr bool kHalf = sizeof(T) == 2;
   static constexpr int kThreads = 128;
-  static constexpr int kRowTiles = kHalf ? 2 : 1;  // of 16 rows a warp: two halve the traffic of keys and values
+  static constexpr int kRowTiles =
+      kHalf ? 2 : 1;  // of 16 rows a warp: two halve the traffic of keys and values
   static constexpr int kRows = 64 * kRowTiles;
   static constexpr int kKeys = kHalf ? 64 : 32;
   static constexpr int kRowBytes = D * sizeof(T);
@@ -35,8 +35,9 @@ struct Tile {
   static constexpr int kSmemBytes = kRows * kRowBytes + kStages * kTileBytes;
   static constexpr int kBlocks = 2;  // a multiprocessor
 
-  // Byte offset of a chunk of a row. Eight rows at one chunk fall into eight different 16-byte banks. The pattern
-  // repeats every 8 rows, and offset(row, chunk ^ c) is offset(row, chunk) ^ c << 4: no address need be kept.
+  // Byte offset of a chunk of a row. Eight rows at one chunk fall into eight different 16-byte banks. The
+  // pattern repeats every 8 rows, and offset(row, chunk ^ c) is offset(row, chunk) ^ c << 4: no address need
+  // be kept.
   SIMT_DEV static uint32_t offset(int row, int chunk) {
     constexpr int kRowsALine = kChunks < 8 ? 8 / kChunks : 1;
     constexpr int kMask = kChunks < 8 ? kChunks - 1 : 7;
@@ -86,7 +87,8 @@ SIMT_DEV void load_tile(uint32_t to, const T* from, int64_t stride, int32_t left
 }
 
 template <class T, int D>
-SIMT_DEV void load_keys(const AttentionParams& p, int32_t b, int32_t h, int32_t step, bool values, uint32_t to) {
+SIMT_DEV void load_keys(const AttentionParams& p, int32_t b, int32_t h, int32_t step, bool values,
+                        uint32_t to) {
   const Keys keys = keys_of<Tile<T, D>::kKeys>(p, step);
   const Segment& s = p.segment[keys.segment];
   const int64_t* stride = values ? s.v_stride : s.k_stride;
@@ -108,12 +110,17 @@ SIMT_DEV void load_query(const AttentionParams& p, const Place& at, const Query&
   }
 }
 
+// The memory behind a shared address.
+SIMT_DEV const unsigned char* shared_at(uint32_t address) {
+  return simt::dyn_smem() + (address - simt::smem_addr(simt::dyn_smem()));
+}
+
 SIMT_DEV float add_dot(float sum, const float4& a, const float4& b) {
   return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
 }
 
-// S = Q K^T for the warp's rows. Fragments are those of mma.m16n8k16: element e of tile n is row lane / 4 + 8 (e / 2),
-// column 8 n + 2 (lane % 4) + e % 2.
+// S = Q K^T for the warp's rows. Fragments are those of mma.m16n8k16: element e of tile n is row lane / 4 + 8
+// (e / 2), column 8 n + 2 (lane % 4) + e % 2.
 template <class T, int D>
 SIMT_DEV void scores(float (&s)[Tile<T, D>::kRowTiles][Tile<T, D>::kKeys / 8][4], uint32_t q, uint32_t k) {
   using C = Tile<T, D>;
@@ -130,12 +137,11 @@ SIMT_DEV void scores(float (&s)[Tile<T, D>::kRowTiles][Tile<T, D>::kKeys / 8][4]
     for (int kk = 0; kk < D / 16; ++kk) {
       uint32_t a[C::kRowTiles][4];
       SIMT_UNROLL
-      for (int r = 0; r < C::kRowTiles; ++r)
-        simt::ldmatrix_x4(a[r], (q ^ kk << 5) + r * 16 * C::kRowBytes);
+      for (int r = 0; r < C::kRowTiles; ++r) simt::ldmatrix_x4(a[r], (q ^ (kk << 5)) + r * 16 * C::kRowBytes);
       SIMT_UNROLL
       for (int n = 0; n < C::kKeys / 16; ++n) {
         uint32_t b[4];
-        simt::ldmatrix_x4(b, (k ^ kk << 5) + n * 16 * C::kRowBytes);
+        simt::ldmatrix_x4(b, (k ^ (kk << 5)) + n * 16 * C::kRowBytes);
         SIMT_UNROLL
         for (int r = 0; r < C::kRowTiles; ++r) {
           simt::Numeric<T>::mma(s[r][2 * n], a[r], b[0], b[1]);
@@ -144,17 +150,17 @@ SIMT_DEV void scores(float (&s)[Tile<T, D>::kRowTiles][Tile<T, D>::kKeys / 8][4]
       }
     }
   } else {
-    const unsigned char* smem = simt::dyn_smem();
+    const unsigned char *queries = shared_at(q), *keys = shared_at(k);
     const int row = warp * 16 + (lane >> 2);
     for (int c = 0; c < C::kChunks; ++c) {
-      const float4 a0 = *reinterpret_cast<const float4*>(smem + C::offset(row, c));
-      const float4 a1 = *reinterpret_cast<const float4*>(smem + C::offset(row + 8, c));
+      const float4 a0 = *reinterpret_cast<const float4*>(queries + C::offset(row, c));
+      const float4 a1 = *reinterpret_cast<const float4*>(queries + C::offset(row + 8, c));
       SIMT_UNROLL
       for (int n = 0; n < C::kKeys / 8; ++n) {
         SIMT_UNROLL
         for (int e = 0; e < 2; ++e) {
           const int key = n * 8 + (lane & 3) * 2 + e;
-          const float4 b = *reinterpret_cast<const float4*>(smem + k + C::offset(key, c));
+          const float4 b = *reinterpret_cast<const float4*>(keys + C::offset(key, c));
           s[0][n][e] = add_dot(s[0][n][e], a0, b);
           s[0][n][e + 2] = add_dot(s[0][n][e + 2], a1, b);
         }
@@ -173,7 +179,8 @@ SIMT_DEV void add_values(float (&o)[Tile<T, D>::kRowTiles][D / 8][4],
     v += C::offset(lane & 15, lane >> 4);
     SIMT_UNROLL
     for (int kk = 0; kk < C::kKeys / 16; ++kk) {
-      uint32_t a[C::kRowTiles][4];  // accumulators of two neighbouring tiles are the operand of the next product
+      // The accumulators of two neighbouring tiles are the operand of the next product.
+      uint32_t a[C::kRowTiles][4];
       SIMT_UNROLL
       for (int r = 0; r < C::kRowTiles; ++r) {
         SIMT_UNROLL
@@ -185,7 +192,7 @@ SIMT_DEV void add_values(float (&o)[Tile<T, D>::kRowTiles][D / 8][4],
       SIMT_UNROLL
       for (int n = 0; n < D / 16; ++n) {
         uint32_t b[4];
-        simt::ldmatrix_x4_trans(b, (v ^ n << 5) + kk * 16 * C::kRowBytes);
+        simt::ldmatrix_x4_trans(b, (v ^ (n << 5)) + kk * 16 * C::kRowBytes);
         SIMT_UNROLL
         for (int r = 0; r < C::kRowTiles; ++r) {
           simt::Numeric<T>::mma(o[r][2 * n], a[r], b[0], b[1]);
@@ -194,7 +201,7 @@ SIMT_DEV void add_values(float (&o)[Tile<T, D>::kRowTiles][D / 8][4],
       }
     }
   } else {
-    const unsigned char* smem = simt::dyn_smem();
+    const unsigned char* values = shared_at(v);
     SIMT_UNROLL
     for (int key = 0; key < C::kKeys; ++key) {
       const int owner = (lane & ~3) | (key % 8 / 2);  // the lane of this row that has the key's weight
@@ -202,8 +209,8 @@ SIMT_DEV void add_values(float (&o)[Tile<T, D>::kRowTiles][D / 8][4],
       const float w1 = __shfl_sync(~0u, w[0][key / 8][key % 2 + 2], owner);
       SIMT_UNROLL
       for (int n = 0; n < D / 8; ++n) {
-        const uint32_t at = v + C::offset(key, n * 2 + (lane >> 1 & 1)) + (lane & 1) * 8;
-        const float2 x = *reinterpret_cast<const float2*>(smem + at);
+        const uint32_t at = C::offset(key, n * 2 + (lane >> 1 & 1)) + (lane & 1) * 8;
+        const float2 x = *reinterpret_cast<const float2*>(values + at);
         o[0][n][0] = fmaf(w0, x.x, o[0][n][0]);
         o[0][n][1] = fmaf(w0, x.y, o[0][n][1]);
         o[0][n][2] = fmaf(w1, x.x, o[0][n][2]);
@@ -227,9 +234,9 @@ SIMT_DEV void mask_keys(float* s, int32_t left) {
   }
 }
 
-// Turns the scores of a lane's upper (h = 0) or lower row into weights 2^(s scale - m), m the running maximum in units
-// of log 2, and returns the factor by which everything before them shrinks. m is rounded once, and exactly that
-// number is subtracted, kept and reported: scores may be as large as float32 holds.
+// Turns the scores of a lane's upper (h = 0) or lower row into weights 2^(s scale - m), m the running maximum
+// in units of log 2, and returns the factor by which everything before them shrinks. m is rounded once, and
+// exactly that number is subtracted, kept and reported: scores may be as large as float32 holds.
 template <int kTiles>
 SIMT_DEV float to_weights(float* s, int h, float scale_log2, float& m, float& sum) {
   float top = s[2 * h];
@@ -252,10 +259,11 @@ SIMT_DEV float to_weights(float* s, int h, float scale_log2, float& m, float& su
   return shrink;
 }
 
-// Writes a row's share of a lane: columns 8 n + 2 (lane % 4) and the next, for all n. `sum` is the lane's own.
+// Writes a row's share of a lane: columns 8 n + 2 (lane % 4) and the next, for all n. `sum` is the lane's
+// own.
 template <class T, int D, class Value>
-SIMT_DEV void write_row(const AttentionParams& p, const Place& at, const Piece& piece, int rows, int row, float m,
-                        float sum, const Value& value) {
+SIMT_DEV void write_row(const AttentionParams& p, const Place& at, const Piece& piece, int rows, int row,
+                        float m, float sum, const Value& value) {
   const int lane = threadIdx.x & 31, column = (lane & 3) * 2;
   sum += __shfl_xor_sync(~0u, sum, 1);
   sum += __shfl_xor_sync(~0u, sum, 2);
@@ -301,7 +309,8 @@ SIMT_DEV void attend(const AttentionParams& p, const Query& query) {
     Place at = place_of(p, piece.tile, C::kRows);
     load_query<T, D>(p, at, query, piece.begin < p.turned_steps);
     const int32_t b = at.b, h = at.h, end = piece.end;
-    // Tiles are read two ahead; the stage a copy goes to was read by all before the barrier that precedes the copy.
+    // Tiles are read two ahead; the stage a copy goes to was read by all before the barrier that precedes the
+    // copy.
     auto start_copy = [&](int32_t step, bool values, int ahead) {
       int to = stage + ahead;
       to = to >= SIMT_OFF(4, C::kStages) ? to - C::kStages : to;

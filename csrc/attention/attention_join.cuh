@@ -1,16 +1,16 @@
 // Joins what several blocks found for the tiles they shared: a softmax over the parts' log-sum-exps.
 #pragma once
 #include "attention/attention_core.cuh"
+#include "simt/launch.h"
 
 namespace echo::attention {
 
 inline constexpr int kJoinThreads = 128;
-// Blocks of attention_join_kernel: (tiles, parts of a tile), a thread for eight columns of a row.
-inline int join_blocks(int32_t rows, int32_t d) { return (rows * d / 8 + kJoinThreads - 1) / kJoinThreads; }
-
+// Blocks are (tiles, parts of a tile); a thread does eight columns of a row.
 template <class T, int D>
-SIMT_GLOBAL void SIMT_BOUNDS(kJoinThreads, 8) attention_join_kernel(AttentionParams p, int32_t rows) {
+SIMT_GLOBAL void SIMT_BOUNDS(kJoinThreads, 8) attention_join_kernel(AttentionParams p) {
   const Schedule& s = p.schedule;
+  const int32_t rows = p.rows;
   const int32_t tile = blockIdx.x;
   const int32_t i = blockIdx.y * kJoinThreads + threadIdx.x, row = i / (D / 8), column = i % (D / 8) * 8;
   const int64_t begin = int64_t(tile) * s.steps;
@@ -36,6 +36,14 @@ SIMT_GLOBAL void SIMT_BOUNDS(kJoinThreads, 8) attention_join_kernel(AttentionPar
   simt::store_floats(to, out);
   if (p.lse && column == 0)
     p.lse[(int64_t(at.b) * p.heads + at.h) * p.queries + at.row + row] = (top + log2f(sum)) * 0.69314718056f;
+}
+
+// After a kernel whose schedule shares tiles.
+template <class T, int D>
+void launch_join(const AttentionParams& p, simt::Stream stream) {
+  if (!p.schedule.sharers) return;
+  const dim3 grid(p.schedule.shared_tiles(), (p.rows * D / 8 + kJoinThreads - 1) / kJoinThreads);
+  simt::launch_kernel(attention_join_kernel<T, D>, grid, dim3(kJoinThreads), 0, stream, p);
 }
 
 }  // namespace echo::attention

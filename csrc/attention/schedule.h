@@ -63,7 +63,8 @@ struct Schedule {
   }
 };
 
-// Spreads tiles over at most `blocks` blocks. Sharing costs about as much as a few steps, so it must save more.
+// Spreads tiles over at most `blocks` blocks. Sharing costs about as much as a few steps, so it must save
+// more.
 inline Schedule make_schedule(int32_t tiles, int32_t steps, int32_t blocks) {
   constexpr int32_t kMinSteps = 4;  // of a block's share, and the least that sharing must save
   const int32_t rest = tiles % blocks;

@@ -32,7 +32,8 @@ SIMT_DEV uint4 turn_chunk(const StreamAttentionParams& p, int b, int chunk, uint
 }
 
 template <class T, int D>
-SIMT_GLOBAL void SIMT_BOUNDS(128, (Tile<T, D>::kBlocks)) stream_attention_fwd_kernel(StreamAttentionParams p) {
+SIMT_GLOBAL void SIMT_BOUNDS(128, (Tile<T, D>::kBlocks))
+    stream_attention_fwd_kernel(StreamAttentionParams p) {
   attend<T, D>(p, [&](int b, int row, int h, int chunk, bool turned) {
     const uint4 x = load_chunk<T>(p, b, row, h, chunk);
     return turned ? turn_chunk<T, D>(p, b, chunk, x) : x;

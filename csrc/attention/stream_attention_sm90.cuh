@@ -1,13 +1,13 @@
-// The kernel for Hopper: one warpgroup of which one thread feeds tiles by TMA, two that multiply with wgmma. While one
-// of the two turns scores into weights, the other keeps the tensor cores busy; and within each, the weights of a step
-// are computed while the values of the step before are being summed.
+// The kernel for Hopper: one warpgroup of which one thread feeds tiles by TMA, two that multiply with wgmma.
+// While one of the two turns scores into weights, the other keeps the tensor cores busy; and within each, the
+// weights of a step are computed while the values of the step before are being summed.
 //
-// A step of 128 queries and 176 keys at d = 128 takes the tensor cores 2816 cycles, its 22,528 exponentials the
-// special function units 1408, and 90,112 bytes from L2: 32 a cycle at the tensor cores' peak.
+// A step of 128 queries and 176 keys at d = 128 takes the tensor cores 2816 cycles, its 22,528 exponentials
+// the special function units 1408, and 90,112 bytes from L2: 32 a cycle at the tensor cores' peak.
 #pragma once
 #include "attention/attention_core.cuh"
-#include "attention/stream_attention.h"
 #include "attention/stream_attention.cuh"
+#include "attention/stream_attention.h"
 #include "simt/simt_sm90.h"
 
 namespace echo::attention {
@@ -24,8 +24,8 @@ struct HopperTile {
   static constexpr int kQueryPanel = kRows * 128;
   static constexpr int kKeyPanel = kKeys * 128;
   static constexpr int kKeyTile = kPanels * kKeyPanel;
-  // Shared memory: the query, its first panel turned (only that has temporal pairs), keys, values, barriers, a
-  // word a consumer thread.
+  // Shared memory: the query, its first panel turned (only that has temporal pairs), keys, values, barriers,
+  // a word a consumer thread.
   static constexpr int kTurned = kPanels * kQueryPanel;
   static constexpr int kK = kTurned + kQueryPanel;
   static constexpr int kV = kK + kStages * kKeyTile;
@@ -84,7 +84,8 @@ SIMT_DEV void produce(const StreamAttentionParams& p, const HopperMaps& maps, ui
     simt::mbar_arrive_tx(barriers.query_full(), C::kPanels * C::kQueryPanel);
     SIMT_UNROLL
     for (int i = 0; i < C::kPanels; ++i)
-      simt::tma_load_4d(smem + i * C::kQueryPanel, &maps.q, barriers.query_full(), i * 64, at.h, at.row, at.b);
+      simt::tma_load_4d(smem + i * C::kQueryPanel, &maps.q, barriers.query_full(), i * 64, at.h, at.row,
+                        at.b);
     load(piece.begin, false);
     for (int32_t step = piece.begin; step < piece.end; ++step) {
       if (step + 1 < piece.end) load(step + 1, false);
@@ -146,7 +147,8 @@ SIMT_DEV void consume(const StreamAttentionParams& p, uint32_t smem) {
     simt::wgmma_fence();
     SIMT_UNROLL
     for (int kk = 0; kk < C::kKeys / 16; ++kk)
-      simt::Wgmma<T, D>::template rs<1>(o, w[kk], simt::smem_desc_sw128(v + kk * 2048, C::kKeyPanel, 1024), 1);
+      simt::Wgmma<T, D>::template rs<1>(o, w[kk], simt::smem_desc_sw128(v + kk * 2048, C::kKeyPanel, 1024),
+                                        1);
     simt::wgmma_commit();
   };
   auto mask = [&](int32_t step) {
