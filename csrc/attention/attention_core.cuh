@@ -20,6 +20,8 @@
 
 namespace echo::attention {
 
+inline constexpr float kLn2 = 0.69314718056f;
+
 template <class T, int D>
 struct Tile {
   static constexpr bool kHalf = sizeof(T) == 2;
@@ -67,8 +69,8 @@ struct Keys {
 };
 template <int kKeys>
 SIMT_DEV Keys keys_of(const AttentionParams& p, int32_t step) {
-  if (step < p.step_end[0]) return {0, step * kKeys};
-  if (step < p.step_end[1]) return {1, (step - p.step_end[0]) * kKeys};
+  if (step < SIMT_OFF(1, p.step_end[0])) return {0, step * kKeys};
+  if (step < SIMT_OFF(2, p.step_end[1])) return {1, (step - p.step_end[0]) * kKeys};
   return {2, (step - p.step_end[1]) * kKeys};
 }
 
@@ -81,7 +83,7 @@ SIMT_DEV void load_tile(uint32_t to, const T* from, int64_t stride, int32_t left
   from += first * stride + chunk * simt::kPer16Bytes<T>;
   SIMT_UNROLL
   for (int r = 0; r < C::kKeys; r += kRowsAPass) {
-    simt::cp_async16(to + C::offset(first + r, chunk), from, first + r < SIMT_OFF(1, left));
+    simt::cp_async16(to + C::offset(first + r, chunk), from, first + r < SIMT_OFF(3, left));
     from += kRowsAPass * stride;
   }
 }
@@ -105,7 +107,7 @@ SIMT_DEV void load_query(const AttentionParams& p, const Place& at, const Query&
   const int chunk = threadIdx.x % C::kChunks;
   for (int row = threadIdx.x / C::kChunks; row < C::kRows; row += C::kThreads / C::kChunks) {
     uint4 x = {0, 0, 0, 0};
-    if (at.row + row < SIMT_OFF(2, p.queries)) x = query(at.b, at.row + row, at.h, chunk, turned);
+    if (at.row + row < SIMT_OFF(4, p.queries)) x = query(at.b, at.row + row, at.h, chunk, turned);
     simt::store16(smem + C::offset(row, chunk), x);
   }
 }
@@ -208,13 +210,17 @@ SIMT_DEV void add_values(float (&o)[Tile<T, D>::kRowTiles][D / 8][4],
       const float w0 = __shfl_sync(~0u, w[0][key / 8][key % 2], owner);
       const float w1 = __shfl_sync(~0u, w[0][key / 8][key % 2 + 2], owner);
       SIMT_UNROLL
-      for (int n = 0; n < D / 8; ++n) {
-        const uint32_t at = C::offset(key, n * 2 + (lane >> 1 & 1)) + (lane & 1) * 8;
-        const float2 x = *reinterpret_cast<const float2*>(values + at);
-        o[0][n][0] = fmaf(w0, x.x, o[0][n][0]);
-        o[0][n][1] = fmaf(w0, x.y, o[0][n][1]);
-        o[0][n][2] = fmaf(w1, x.x, o[0][n][2]);
-        o[0][n][3] = fmaf(w1, x.y, o[0][n][3]);
+      for (int n = 0; n < D / 8; n += 2) {
+        const uint32_t at = C::offset(key, n * 2 + (lane & 3));
+        const float4 x = *reinterpret_cast<const float4*>(values + at);
+        SIMT_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          const float weight = h ? w1 : w0;
+          o[0][n][2 * h] = fmaf(weight, x.x, o[0][n][2 * h]);
+          o[0][n][2 * h + 1] = fmaf(weight, x.y, o[0][n][2 * h + 1]);
+          o[0][n + 1][2 * h] = fmaf(weight, x.z, o[0][n + 1][2 * h]);
+          o[0][n + 1][2 * h + 1] = fmaf(weight, x.w, o[0][n + 1][2 * h + 1]);
+        }
       }
     }
   }
@@ -230,7 +236,7 @@ SIMT_DEV void mask_keys(float* s, int32_t left) {
   for (int n = 0; n < kTiles; ++n) {
     SIMT_UNROLL
     for (int e = 0; e < 4; ++e)
-      if (n * 8 + column + (e & 1) >= left) s[4 * n + e] = -INFINITY;
+      if (n * 8 + column + (e & 1) >= SIMT_OFF(5, left)) s[4 * n + e] = -INFINITY;
   }
 }
 
@@ -250,49 +256,53 @@ SIMT_DEV float to_weights(float* s, int h, float scale_log2, float& m, float& su
   SIMT_UNROLL
   for (int n = 0; n < kTiles; ++n) {
     SIMT_UNROLL
-    for (int e = 2 * h; e < 2 * h + 2; ++e) {
-      s[4 * n + e] = simt::ex2(fmaf(s[4 * n + e], scale_log2, -next));
-      add += s[4 * n + e];
+    for (int e = 0; e < 2; ++e) {
+      float& weight = s[4 * n + 2 * h + e];
+      weight = simt::ex2(fmaf(weight, scale_log2, -next));
+      add += weight;
     }
   }
   sum = sum * shrink + add;
   return shrink;
 }
 
-// Writes a row's share of a lane: columns 8 n + 2 (lane % 4) and the next, for all n. `sum` is the lane's
-// own.
+// The first of a lane's two columns in fragment n of the output.
+template <class T>
+SIMT_DEV int column_of(int n, int lane) {
+  return sizeof(T) == 4 ? n / 2 * 16 + (lane & 3) * 4 + n % 2 * 2 : n * 8 + (lane & 3) * 2;
+}
+
+// Writes a row's share of a lane; `sum` is the lane's own.
 template <class T, int D, class Value>
 SIMT_DEV void write_row(const AttentionParams& p, const Place& at, const Piece& piece, int rows, int row,
                         float m, float sum, const Value& value) {
-  const int lane = threadIdx.x & 31, column = (lane & 3) * 2;
+  const int lane = threadIdx.x & 31;
   sum += __shfl_xor_sync(~0u, sum, 1);
   sum += __shfl_xor_sync(~0u, sum, 2);
-  if (at.row + row >= SIMT_OFF(3, p.queries)) return;
+  if (at.row + row >= SIMT_OFF(6, p.queries)) return;
   const float inverse = 1 / sum, lse = m + log2f(sum);
   if (piece.slot >= 0) {
     const int64_t i = int64_t(piece.slot) * rows + row;
     SIMT_UNROLL
     for (int n = 0; n < D / 8; ++n) {
       const float2 pair = {value(n, 0) * inverse, value(n, 1) * inverse};
-      *reinterpret_cast<float2*>(p.partial_out + i * D + n * 8 + column) = pair;
+      *reinterpret_cast<float2*>(p.partial_out + i * D + column_of<T>(n, lane)) = pair;
     }
-    if (column == 0) p.partial_lse[i] = lse;
+    if ((lane & 3) == 0) p.partial_lse[i] = lse;
     return;
   }
-  const int64_t i = (int64_t(at.b) * p.queries + at.row + row) * p.heads + at.h;
-  T* out = static_cast<T*>(p.out) + i * D + column;
+  T* out = static_cast<T*>(p.out) + ((int64_t(at.b) * p.queries + at.row + row) * p.heads + at.h) * D;
   SIMT_UNROLL
   for (int n = 0; n < D / 8; ++n) {
-    if constexpr (sizeof(T) == 4) {
-      const float2 pair = {value(n, 0) * inverse, value(n, 1) * inverse};
-      *reinterpret_cast<float2*>(out + n * 8) = pair;
-    } else {
-      *reinterpret_cast<uint32_t*>(out + n * 8) =
-          simt::Numeric<T>::pack(value(n, 0) * inverse, value(n, 1) * inverse);
-    }
+    const float2 pair = {value(n, 0) * inverse, value(n, 1) * inverse};
+    T* to = out + column_of<T>(n, lane);
+    if constexpr (sizeof(T) == 4)
+      *reinterpret_cast<float2*>(to) = pair;
+    else
+      *reinterpret_cast<uint32_t*>(to) = simt::Numeric<T>::pack(pair.x, pair.y);
   }
-  if (p.lse && column == 0)
-    p.lse[(int64_t(at.b) * p.heads + at.h) * p.queries + at.row + row] = lse * 0.69314718056f;
+  if (p.lse && (lane & 3) == 0)
+    p.lse[(int64_t(at.b) * p.heads + at.h) * p.queries + at.row + row] = lse * kLn2;
 }
 
 // The kernel: see the top of this file.
@@ -307,46 +317,48 @@ SIMT_DEV void attend(const AttentionParams& p, const Query& query) {
     Piece piece;
     if (!p.schedule.piece(blockIdx.x, n, piece)) break;
     Place at = place_of(p, piece.tile, C::kRows);
-    load_query<T, D>(p, at, query, piece.begin < p.turned_steps);
+    const int32_t first = piece.begin;
+    const bool turned = first < p.turned_steps;  // no mutant: where they are equal the loop loads it again
+    load_query<T, D>(p, at, query, turned);
     const int32_t b = at.b, h = at.h, end = piece.end;
     // Tiles are read two ahead; the stage a copy goes to was read by all before the barrier that precedes the
     // copy.
     auto start_copy = [&](int32_t step, bool values, int ahead) {
       int to = stage + ahead;
-      to = to >= SIMT_OFF(4, C::kStages) ? to - C::kStages : to;
-      if (step < end) load_keys<T, D>(p, b, h, step, values, ring + to * C::kTileBytes);
-      simt::cp_async_commit();
+      to = to >= SIMT_OFF(7, C::kStages) ? to - C::kStages : to;
+      if (step < SIMT_OFF(8, end)) load_keys<T, D>(p, b, h, step, values, ring + to * C::kTileBytes);
+      SIMT_SKIP(9, simt::cp_async_commit());
     };
     auto next_tile = [&] {
       const uint32_t tile = ring + stage * C::kTileBytes;
       stage = stage + 1 == C::kStages ? 0 : stage + 1;
       return tile;
     };
-    start_copy(piece.begin, false, 0);
-    start_copy(piece.begin, true, 1);
+    start_copy(first, false, 0);
+    start_copy(first, true, 1);
     float o[C::kRowTiles][D / 8][4] = {}, m[C::kRowTiles][2], sum[C::kRowTiles][2] = {};
     SIMT_UNROLL
     for (int r = 0; r < C::kRowTiles; ++r) m[r][0] = m[r][1] = -INFINITY;
 
-    for (int32_t step = piece.begin; step < end; ++step) {
+    for (int32_t step = first; step < SIMT_OFF(10, end); ++step) {
       // The products with the turned query ended before the last barrier.
       if (step == p.turned_steps) {
         p.schedule.piece(blockIdx.x, simt::opaque(n), piece);
         load_query<T, D>(p, place_of(p, piece.tile, C::kRows), query, false);
       }
-      SIMT_SKIP(5, simt::cp_async_wait<1>());
-      SIMT_SKIP(6, __syncthreads());
+      SIMT_SKIP(11, simt::cp_async_wait<1>());
+      SIMT_SKIP(12, __syncthreads());
       start_copy(step + 1, false, 2);
       float s[C::kRowTiles][C::kKeys / 8][4];
       scores<T, D>(s, smem, next_tile());
-      SIMT_SKIP(7, simt::cp_async_wait<1>());
-      SIMT_SKIP(8, __syncthreads());
+      SIMT_SKIP(13, simt::cp_async_wait<1>());
+      SIMT_SKIP(14, __syncthreads());
       start_copy(step + 1, true, 2);
       const Keys keys = keys_of<C::kKeys>(p, step);
       const int32_t left = p.segment[keys.segment].tokens - keys.first;
       if (left < C::kKeys) {
         SIMT_UNROLL
-        for (int r = 0; r < C::kRowTiles; ++r) mask_keys<C::kKeys / 8>(s[r][0], SIMT_OFF(9, left));
+        for (int r = 0; r < C::kRowTiles; ++r) mask_keys<C::kKeys / 8>(s[r][0], left);
       }
       SIMT_UNROLL
       for (int r = 0; r < C::kRowTiles; ++r) {
@@ -374,7 +386,7 @@ SIMT_DEV void attend(const AttentionParams& p, const Query& query) {
       }
     }
   }
-  SIMT_SKIP(10, simt::cp_async_wait<0>());  // of groups without a copy
+  SIMT_SKIP(15, simt::cp_async_wait<0>());  // of groups without a copy
 }
 
 }  // namespace echo::attention

@@ -16,9 +16,9 @@ SIMT_GLOBAL void SIMT_BOUNDS(kJoinThreads, 8) attention_join_kernel(AttentionPar
   const int64_t begin = int64_t(tile) * s.steps;
   const int32_t first = s.sharer_of(begin), last = s.sharer_of(begin + s.steps - 1);
   const Place at = place_of(p, s.whole + tile, rows);
-  if (first == last || row >= rows || at.row + row >= SIMT_OFF(1, p.queries)) return;
+  if (first == last || at.row + row >= SIMT_OFF(1, p.queries)) return;
   float top = -INFINITY;
-  for (int32_t b = first; b <= last; ++b)
+  for (int32_t b = first; b <= SIMT_OFF(3, last); ++b)
     top = fmaxf(top, p.partial_lse[int64_t(s.slot_of(b, tile)) * rows + row]);
   float sum = 0, out[8] = {};
   for (int32_t b = first; b <= SIMT_OFF(2, last); ++b) {
@@ -35,7 +35,7 @@ SIMT_GLOBAL void SIMT_BOUNDS(kJoinThreads, 8) attention_join_kernel(AttentionPar
   T* to = static_cast<T*>(p.out) + ((int64_t(at.b) * p.queries + at.row + row) * p.heads + at.h) * D + column;
   simt::store_floats(to, out);
   if (p.lse && column == 0)
-    p.lse[(int64_t(at.b) * p.heads + at.h) * p.queries + at.row + row] = (top + log2f(sum)) * 0.69314718056f;
+    p.lse[(int64_t(at.b) * p.heads + at.h) * p.queries + at.row + row] = (top + log2f(sum)) * kLn2;
 }
 
 // After a kernel whose schedule shares tiles.
