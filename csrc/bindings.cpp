@@ -2,9 +2,8 @@
 // Python's, with the better messages, came first.
 #include "bindings.h"
 
+#include "attention/stream_attention.h"
 #include "common/device_info.h"
-#include "norm/modulate.h"
-#include "ring/ring_append.h"
 #include "rope/rope_rotate.h"
 
 namespace echo {
@@ -56,17 +55,11 @@ void check_contiguous(const char* name, const TensorView& v) {
   ECHO_CHECK(dense || empty, name, " must be contiguous, got ", describe(v));
 }
 
-namespace {
-using Stream = std::pair<int, uintptr_t>;  // (device, handle) as built by echo_ext._native.stream_of()
-
-#if defined(ECHO_EXT_WITH_CUDA) || defined(SIMT_HOST)
-// A table of cos and sin that kernels read row by row.
 void check_pairs(const char* name, const TensorView& v) {
   ECHO_CHECK(v.size[v.ndim - 2] == 1 || v.stride[v.ndim - 2] == 2, name,
              " must be dense in its last two dims, got strides ", tuple_text(v.stride, v.ndim));
 }
 
-// What kernels read 16 bytes at a time.
 void check_vectors(const char* name, const TensorView& v) {
   const int64_t width = 16 / item_bytes(v.dtype);
   bool fits = uintptr_t(v.ptr) % 16 == 0 && v.size[v.ndim - 1] % width == 0;
@@ -78,24 +71,29 @@ void check_batch(const char* name, const TensorView& v, int64_t batch) {
   ECHO_CHECK(v.size[0] == 1 || v.size[0] == batch, name, " has ", v.size[0], " rows for a batch of ", batch);
 }
 
-template <size_t N>
-void set_steps(int64_t (&to)[N], const TensorView& v) {
-  for (int i = 0; i < int(N); ++i) to[i] = v.step(i);
-}
-
-// Tables that rotate the tokens of x, (B, T, H, d).
-void check_tables(const TensorView& x, const char* name, const TensorView& frame, const TensorView& grid) {
+void check_tables(const char* x_name, const TensorView& x, const char* name, const TensorView& frame,
+                  const TensorView& grid) {
   check_shape(name, frame, {kAny, kAny, kAny, 2});
   check_shape("grid_table", grid, {kAny, kAny, 2});
   check_dtype(name, frame, DType::kF32);
   check_dtype("grid_table", grid, DType::kF32);
   check_batch(name, frame, x.size[0]);
-  ECHO_CHECK(frame.size[1] * grid.size[0] == x.size[1], "x has ", x.size[1], " tokens, the tables describe ",
-             frame.size[1], " frames of ", grid.size[0]);
-  ECHO_CHECK(2 * (frame.size[2] + grid.size[1]) == x.size[3], "x has d=", x.size[3], ", the tables describe ",
-             frame.size[2], " + ", grid.size[1], " pairs");
+  ECHO_CHECK(frame.size[1] * grid.size[0] == x.size[1], x_name, " has ", x.size[1],
+             " tokens, the tables describe ", frame.size[1], " frames of ", grid.size[0]);
+  ECHO_CHECK(2 * (frame.size[2] + grid.size[1]) == x.size[3], x_name, " has d=", x.size[3],
+             ", the tables describe ", frame.size[2], " + ", grid.size[1], " pairs");
   check_pairs(name, frame);
   check_pairs("grid_table", grid);
+}
+
+namespace {
+#if defined(ECHO_EXT_WITH_CUDA) || defined(SIMT_HOST)
+void check_dense(const char* name, const TensorView& v) {
+  int64_t stride = 1;
+  bool dense = true;
+  for (int i = v.ndim; i-- > 0; stride *= v.size[i])
+    dense = dense && (v.size[i] == 1 || v.stride[i] == stride);
+  ECHO_CHECK(dense, name, " must be contiguous, got strides ", tuple_text(v.stride, v.ndim));
 }
 
 void rope_rotate(const py::tuple& x_arg, const py::tuple& frame_arg, const py::tuple& grid_arg,
@@ -106,7 +104,7 @@ void rope_rotate(const py::tuple& x_arg, const py::tuple& frame_arg, const py::t
   check_shape("x", x, {kAny, kAny, kAny, kAny});
   check_shape("out", out, {x.size[0], x.size[1], x.size[2], x.size[3]});
   check_dtype("out", out, x.dtype);
-  check_tables(x, "frame_table", frame, grid);
+  check_tables("x", x, "frame_table", frame, grid);
   RopeRotateParams p;
   p.x = x.ptr;
   p.out = out.ptr;
@@ -131,156 +129,127 @@ void rope_rotate(const py::tuple& x_arg, const py::tuple& frame_arg, const py::t
   call.launch(rope_rotate_fwd, p);
 }
 
-void ring_append(const py::tuple& q_arg, const py::tuple& k_arg, const py::tuple& v_arg,
-                 const std::optional<py::tuple>& q_weight_arg, const std::optional<py::tuple>& k_weight_arg,
-                 const py::tuple& frame_arg, const std::optional<py::tuple>& key_frame_arg,
-                 const py::tuple& grid_arg, const py::tuple& slots_arg, const py::tuple& ring_k_arg,
-                 const py::tuple& ring_v_arg, const std::optional<py::tuple>& ring_raw_arg, float eps,
-                 const py::tuple& out_arg, Stream stream) {
-  Call call(stream);
-  const TensorView q = call.in("q", q_arg), k = call.in("k", k_arg), v = call.in("v", v_arg),
-                   frame = call.in("frame_table", frame_arg), grid = call.in("grid_table", grid_arg),
-                   slots = call.in("slots", slots_arg), ring_k = call.out("ring_k", ring_k_arg),
-                   ring_v = call.out("ring_v", ring_v_arg), out = call.out("out", out_arg);
-  const auto q_weight = call.in("q_weight", q_weight_arg), k_weight = call.in("k_weight", k_weight_arg),
-             key_frame = call.in("key_frame_table", key_frame_arg),
-             ring_raw = call.out("ring_raw", ring_raw_arg);
-  check_shape("q", q, {kAny, kAny, kAny, kAny});
-  const int64_t batch = q.size[0], heads = q.size[2], head_dim = q.size[3];
-  for (auto [name, x] : {std::pair{"k", &k}, {"v", &v}, {"out", &out}})
-    check_shape(name, *x, {batch, q.size[1], heads, head_dim});
-  check_shape("ring_k", ring_k, {batch, kAny, heads, head_dim});
-  for (auto [name, x] : {std::pair{"ring_v", &ring_v}, {"ring_raw", ring_raw ? &*ring_raw : &ring_k}})
-    check_shape(name, *x, {batch, ring_k.size[1], heads, head_dim});
-  for (auto [name, x] : {std::pair{"q", &q},
-                         {"k", &k},
-                         {"v", &v},
-                         {"out", &out},
-                         {"ring_k", &ring_k},
-                         {"ring_v", &ring_v},
-                         {"ring_raw", ring_raw ? &*ring_raw : &ring_k}}) {
-    check_dtype(name, *x, q.dtype);
-    check_vectors(name, *x);
-  }
-  check_contiguous("out", out);
-  for (auto [name, w] : {std::pair{"q_weight", &q_weight}, {"k_weight", &k_weight}}) {
-    if (!*w) continue;
-    check_shape(name, **w, {heads * head_dim});
-    check_dtype(name, **w, q.dtype);
-    check_vectors(name, **w);
-  }
-  check_tables(q, "frame_table", frame, grid);
-  if (key_frame) check_tables(q, "key_frame_table", *key_frame, grid);
-  check_shape("slots", slots, {kAny, frame.size[1]});
-  check_dtype("slots", slots, DType::kI64);
-  check_batch("slots", slots, batch);
-  ECHO_CHECK(grid.size[0] > 0 && ring_k.size[1] % grid.size[0] == 0, "a ring of ", ring_k.size[1],
-             " tokens is no whole number of ", grid.size[0], "-token frames");
-  RingAppendParams p;
-  p.q = q.ptr;
-  p.k = k.ptr;
-  p.v = v.ptr;
-  p.out = out.ptr;
-  p.ring_k = ring_k.ptr;
-  p.ring_v = ring_v.ptr;
-  if (q_weight) p.q_weight = q_weight->ptr;
-  if (k_weight) p.k_weight = k_weight->ptr;
-  p.frame_table = p.key_frame_table = static_cast<const float*>(frame.ptr);
-  p.grid_table = static_cast<const float*>(grid.ptr);
-  p.slots = static_cast<const int64_t*>(slots.ptr);
-  p.dtype = q.dtype;
-  p.eps = eps;
-  p.batch = batch;
-  p.tokens = q.size[1];
-  p.heads = heads;
-  p.head_dim = head_dim;
-  p.frame_tokens = grid.size[0];
-  p.frame_pairs = frame.size[2];
-  p.ring_slots = ring_k.size[1] / grid.size[0];
-  set_steps(p.q_stride, q);
-  set_steps(p.k_stride, k);
-  set_steps(p.v_stride, v);
-  set_steps(p.ring_k_stride, ring_k);
-  set_steps(p.ring_v_stride, ring_v);
-  set_steps(p.table_stride, frame);
-  set_steps(p.key_table_stride, frame);
-  p.grid_stride = grid.step(0);
-  set_steps(p.slots_stride, slots);
-  if (key_frame) {
-    p.key_frame_table = static_cast<const float*>(key_frame->ptr);
-    set_steps(p.key_table_stride, *key_frame);
-  }
-  if (ring_raw) {
-    p.ring_raw = ring_raw->ptr;
-    set_steps(p.ring_raw_stride, *ring_raw);
-  }
-  call.launch(ring_append_fwd, p);
+// Rows of d contiguous elements that kernels read 16 bytes at a time.
+void check_rows(const char* name, const TensorView& v) {
+  const int bytes = item_bytes(v.dtype);
+  bool aligned = uintptr_t(v.ptr) % 16 == 0;
+  for (int i = 0; i + 1 < v.ndim; ++i) aligned = aligned && v.step(i) * bytes % 16 == 0;
+  ECHO_CHECK(aligned, name, " must have rows aligned to 16 bytes, got address ", v.ptr, " and strides ",
+             tuple_text(v.stride, v.ndim));
 }
 
-// modulate, gated_add and gated_modulate: what is None is left out.
-void modulate(const py::tuple& x_arg, const std::optional<py::tuple>& y_arg,
-              const std::optional<py::tuple>& gate_arg, const std::optional<py::tuple>& shift_arg,
-              const std::optional<py::tuple>& scale_arg, float eps, const std::optional<py::tuple>& sum_arg,
-              const std::optional<py::tuple>& out_arg, Stream stream) {
+void set_strides(int64_t (&to)[3], const TensorView& v) {
+  for (int i = 0; i < 3; ++i) to[i] = v.step(i);
+}
+
+using attention::StreamAttentionParams;
+using Planner = void (*)(StreamAttentionParams&, int32_t);
+constexpr int64_t kMaxTokens = INT32_MAX - 1024;  // tokens are counted in 32 bits, with room for a tile
+
+Planner attention_planner(bool sm90) {
+#ifdef ECHO_EXT_WITH_SM90A
+  if (sm90) return stream_attention_sm90_plan;
+#endif
+  ECHO_CHECK(!sm90, "this build has no kernels for sm_90a");
+  return stream_attention_plan;
+}
+
+// What planning needs to know.
+StreamAttentionParams attention_shape(DType dtype, const std::array<int64_t, 4>& q,
+                                      const std::vector<int64_t>& tokens) {
+  StreamAttentionParams p;
+  ECHO_CHECK(!tokens.empty() && tokens.size() <= attention::kMaxSegments, "there must be 1 to ",
+             attention::kMaxSegments, " runs of keys, got ", tokens.size());
+  const auto fits = [](int64_t n) { return n >= 0 && n <= kMaxTokens; };
+  ECHO_CHECK(fits(q[0]) && fits(q[1]) && fits(q[2]) && q[0] * q[2] * (q[1] / 64 + 1) <= kMaxTokens,
+             "q has too many rows for one launch: ", tuple_text(q.data(), 4));
+  p.dtype = dtype;
+  p.batch = int32_t(q[0]);
+  p.queries = int32_t(q[1]);
+  p.heads = int32_t(q[2]);
+  p.head_dim = int32_t(q[3]);
+  for (int64_t n : tokens) {
+    ECHO_CHECK(n > 0 && fits(n), "a run of keys must have 1 to ", kMaxTokens, " tokens, got ", n);
+    p.segment[p.segments++].tokens = int32_t(n);
+  }
+  return p;
+}
+
+int64_t attention_workspace(int32_t dtype, const std::array<int64_t, 4>& q,
+                            const std::vector<int64_t>& tokens, int32_t processors, bool sm90) {
+  StreamAttentionParams p = attention_shape(static_cast<DType>(dtype), q, tokens);
+  ECHO_CHECK(processors > 0, "processors must be positive, got ", processors);
+  attention_planner(sm90)(p, processors);
+  return workspace_floats(p, p.head_dim);
+}
+
+void stream_attention(bool sm90, const py::tuple& q_arg, const std::optional<py::tuple>& shift_arg,
+                      const std::vector<std::pair<py::tuple, py::tuple>>& runs, int turned, float scale,
+                      const py::tuple& out_arg, const std::optional<py::tuple>& lse_arg,
+                      const std::optional<py::tuple>& workspace_arg, int32_t processors, Stream stream) {
   Call call(stream);
-  const TensorView x = call.in("x", x_arg);
-  const auto y = call.in("y", y_arg), gate = call.in("gate", gate_arg), shift = call.in("shift", shift_arg),
-             scale = call.in("scale", scale_arg), sum = call.out("sum", sum_arg),
-             out = call.out("out", out_arg);
-  check_shape("x", x, {kAny, kAny, kAny});
-  check_vectors("x", x);
-  const int64_t batch = x.size[0], tokens = x.size[1], width = x.size[2];
-  for (auto [name, v] : {std::pair{"y", &y}, {"sum", &sum}, {"out", &out}}) {
-    if (!*v) continue;
-    check_shape(name, **v, {batch, tokens, width});
-    check_dtype(name, **v, x.dtype);
-    check_vectors(name, **v);
-    if (v != &y) check_contiguous(name, **v);
-  }
-  ECHO_CHECK(y.has_value() == sum.has_value() && (y || !gate), "y, gate and sum go together");
-  ECHO_CHECK(shift.has_value() == out.has_value() && scale.has_value() == out.has_value(),
-             "shift, scale and out go together");
-  int64_t frames = 1;
-  for (auto [name, v] : {std::pair{"gate", &gate}, {"shift", &shift}, {"scale", &scale}}) {
-    if (!*v) continue;
-    check_dtype(name, **v, x.dtype);
-    check_vectors(name, **v);
-    if (v != &gate && (*v)->ndim == 1) {
-      check_shape(name, **v, {width});
-      continue;
+  const TensorView q = call.in("q", q_arg), out = call.out("out", out_arg);
+  check_shape("q", q, {kAny, kAny, kAny, kAny});
+  check_shape("out", out, {q.size[0], q.size[1], q.size[2], q.size[3]});
+  check_dtype("out", out, q.dtype);
+  check_rows("q", q);
+  check_dense("out", out);
+  std::vector<TensorView> keys, values;
+  std::vector<int64_t> tokens;
+  for (const auto& [k, v] : runs) {
+    keys.push_back(call.in("k", k));
+    values.push_back(call.in("v", v));
+    check_shape("k", keys.back(), {q.size[0], kAny, q.size[2], q.size[3]});
+    check_shape("v", values.back(), {q.size[0], keys.back().size[1], q.size[2], q.size[3]});
+    tokens.push_back(keys.back().size[1]);
+    for (const TensorView& x : {keys.back(), values.back()}) {
+      check_dtype("k and v", x, q.dtype);
+      check_rows("k and v", x);
     }
-    check_shape(name, **v, {kAny, kAny, 1, width});
-    check_batch(name, **v, batch);
-    ECHO_CHECK(frames == 1 || frames == (*v)->size[1], name, " has ", (*v)->size[1], " frames, not ", frames);
-    frames = (*v)->size[1];
-    ECHO_CHECK(frames > 0 && tokens % frames == 0, name, " has ", frames, " frames for ", tokens, " tokens");
   }
-  ModulateParams p;
-  p.x = x.ptr;
-  p.dtype = x.dtype;
-  p.eps = eps;
-  p.batch = batch;
-  p.tokens = tokens;
-  p.width = width;
-  p.frame_tokens = tokens / frames;
-  set_steps(p.x_stride, x);
-  if (y) {
-    p.y = y->ptr;
-    p.sum = sum->ptr;
-    set_steps(p.y_stride, *y);
+  StreamAttentionParams p = attention_shape(q.dtype, {q.size[0], q.size[1], q.size[2], q.size[3]}, tokens);
+  ECHO_CHECK(scale > 0, "scale must be above 0, got ", scale);
+  ECHO_CHECK(turned >= 0 && turned <= p.segments, "turned must be 0 to ", p.segments, ", got ", turned);
+  ECHO_CHECK(processors > 0, "processors must be positive, got ", processors);
+  p.q = q.ptr;
+  set_strides(p.q_stride, q);
+  for (int i = 0; i < p.segments; ++i) {
+    p.segment[i].k = keys[i].ptr;
+    p.segment[i].v = values[i].ptr;
+    set_strides(p.segment[i].k_stride, keys[i]);
+    set_strides(p.segment[i].v_stride, values[i]);
   }
-  if (gate) {
-    p.gate = gate->ptr;
-    set_steps(p.gate_stride, *gate);
+  p.scale_log2 = float(scale * 1.4426950408889634);
+  if (const auto shift = call.in("shift", shift_arg)) {
+    const int64_t pairs = q.size[3] / 2 - 2 * (q.size[3] / 2 / 3);
+    check_shape("shift", *shift, {kAny, pairs, 2});
+    check_dtype("shift", *shift, DType::kF32);
+    check_pairs("shift", *shift);
+    ECHO_CHECK(shift->size[0] == 1 || shift->size[0] == q.size[0], "shift has ", shift->size[0],
+               " rows for a batch of ", q.size[0]);
+    p.turned = turned;
+    p.shift = static_cast<const float*>(shift->ptr);
+    p.shift_stride = shift->step(0);
   }
-  if (out) {
-    p.shift = shift->ptr;
-    p.scale = scale->ptr;
-    p.out = out->ptr;
-    if (shift->ndim > 1) set_steps(p.shift_stride, *shift);
-    if (scale->ndim > 1) set_steps(p.scale_stride, *scale);
+  p.out = out.ptr;
+  if (const auto lse = call.out("lse", lse_arg)) {
+    check_shape("lse", *lse, {q.size[0], q.size[2], q.size[1]});
+    check_dtype("lse", *lse, DType::kF32);
+    check_dense("lse", *lse);
+    p.lse = static_cast<float*>(lse->ptr);
   }
-  call.launch(modulate_fwd, p);
+  attention_planner(sm90)(p, processors);
+  if (const int64_t floats = workspace_floats(p, p.head_dim)) {
+    ECHO_CHECK(workspace_arg, "these shapes need a workspace of ", floats, " floats");
+    const TensorView workspace = call.out("workspace", *workspace_arg);
+    check_dtype("workspace", workspace, DType::kF32);
+    check_shape("workspace", workspace, {floats});
+    set_workspace(p, p.head_dim, static_cast<float*>(workspace.ptr));
+  }
+#ifdef ECHO_EXT_WITH_SM90A
+  if (sm90) return call.launch(stream_attention_sm90_fwd, p);
+#endif
+  call.launch(stream_attention_fwd, p);
 }
 #endif
 
@@ -310,18 +279,21 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("emulated") = false;
 #endif
+#ifdef ECHO_EXT_WITH_SM90A
+  m.attr("with_sm90a") = true;
+#else
+  m.attr("with_sm90a") = false;
+#endif
   m.def("device_info", &device_lines);
   m.def("describe", [](const py::tuple& x) { return describe(view("x", x)); }, py::arg("x"));
 #if defined(ECHO_EXT_WITH_CUDA) || defined(SIMT_HOST)
   m.def("rope_rotate_fwd", &rope_rotate, py::arg("x"), py::arg("frame_table"), py::arg("grid_table"),
         py::arg("out"), py::arg("stream"));
-  m.def("ring_append_fwd", &ring_append, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_weight"),
-        py::arg("k_weight"), py::arg("frame_table"), py::arg("key_frame_table"), py::arg("grid_table"),
-        py::arg("slots"), py::arg("ring_k"), py::arg("ring_v"), py::arg("ring_raw"), py::arg("eps"),
-        py::arg("out"), py::arg("stream"));
-  for (const char* name : {"modulate_fwd", "gated_add_fwd", "gated_modulate_fwd"})
-    m.def(name, &modulate, py::arg("x"), py::arg("y") = py::none(), py::arg("gate") = py::none(),
-          py::arg("shift") = py::none(), py::arg("scale") = py::none(), py::arg("eps") = 0.f,
-          py::arg("sum") = py::none(), py::arg("out") = py::none(), py::arg("stream"));
+  m.def("stream_attention_fwd", &stream_attention, py::arg("sm90"), py::arg("q"), py::arg("shift"),
+        py::arg("runs"), py::arg("turned"), py::arg("scale"), py::arg("out"), py::arg("lse"),
+        py::arg("workspace"), py::arg("processors"), py::arg("stream"));
+  m.def("stream_attention_workspace", &attention_workspace, py::arg("dtype"), py::arg("q"), py::arg("tokens"),
+        py::arg("processors"), py::arg("sm90"));
+  define_token_ops(m);
 #endif
 }

@@ -1,4 +1,4 @@
-// How a binding turns Python's arguments into views. With bindings.cpp all of C++ that knows Python.
+// How a binding turns Python's arguments into views. With bindings*.cpp all of C++ that knows Python.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -26,12 +26,26 @@ inline constexpr int64_t kAny = -1;
 void check_shape(const char* name, const TensorView& v, std::initializer_list<int64_t> shape);
 void check_dtype(const char* name, const TensorView& v, DType dtype);
 void check_contiguous(const char* name, const TensorView& v);
+// A table of cos and sin that kernels read row by row.
+void check_pairs(const char* name, const TensorView& v);
+// Tables that rotate the tokens of x, (B, T, H, d).
+void check_tables(const char* x_name, const TensorView& x, const char* name, const TensorView& frame,
+                  const TensorView& grid);
+// What kernels read 16 bytes at a time.
+void check_vectors(const char* name, const TensorView& v);
+void check_batch(const char* name, const TensorView& v, int64_t batch);
+
+template <size_t N>
+void set_steps(int64_t (&to)[N], const TensorView& v) {
+  for (int i = 0; i < int(N); ++i) to[i] = v.step(i);
+}
+
+using Stream = std::pair<int, uintptr_t>;  // (device, handle) as built by echo_ext._native.stream_of()
 
 // One call of a kernel: names the tensors it may touch, then launches without the interpreter's lock.
 class Call {
  public:
-  explicit Call(std::pair<int, uintptr_t> stream)
-      : stream_{stream.first, reinterpret_cast<void*>(stream.second)} {}
+  explicit Call(Stream stream) : stream_{stream.first, reinterpret_cast<void*>(stream.second)} {}
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
@@ -66,4 +80,6 @@ class Call {
 
   simt::Stream stream_;
 };
+
+void define_token_ops(py::module_& m);
 }  // namespace echo

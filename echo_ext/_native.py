@@ -39,6 +39,19 @@ def emulated() -> bool:
 emulated._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def capability(device: int) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; a few where kernels are emulated."""
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @functools.cache
 def _probe() -> str:
     if _C is None:

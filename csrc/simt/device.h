@@ -123,6 +123,12 @@ SIMT_DEV float f16_value(uint16_t bits) {
 SIMT_DEV float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 SIMT_DEV uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 
+// x, but the compiler can't tell: what is computed from it is computed again, not kept in registers.
+SIMT_DEV int32_t opaque(int32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 16 bytes in one instruction; p is aligned to 16.
 SIMT_DEV uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
 SIMT_DEV void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }

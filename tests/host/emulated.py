@@ -30,13 +30,15 @@ import pybind11
 
 Variant = Literal["fast", "check", "asan"]
 Schedule = Literal["forward", "reverse", "random"]
+Unit = tuple[Path, list[str]]  # a source and its flags
 
 CSRC = Path(__file__).parents[2] / "csrc"
 _JOBS = 2
 _COMMON = ["-std=c++17", "-DSIMT_HOST", f"-I{CSRC}", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w"]
 _SANITIZERS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
 # A kernel's loads and stores call the __tsan_* functions of csrc/simt/host, which is linked in place of libtsan.
-_KERNELS = {"fast": ["-O2"], "check": ["-O1", "-g1", "-fsanitize=thread"], "asan": _SANITIZERS}
+CHECKED = ["-O1", "-g1", "-fsanitize=thread", "-fno-threadsafe-statics"]
+_KERNELS = {"fast": ["-O2"], "check": CHECKED, "asan": _SANITIZERS}
 _RUNTIME = {"fast": ["-O3"], "check": ["-O3"], "asan": _SANITIZERS}
 _LINK = {"fast": [], "check": [], "asan": ["-fsanitize=address,undefined"]}
 
@@ -101,18 +103,26 @@ def emulator(variant: Variant) -> Emulator:
 def build(variant: Variant) -> Path:
     """Compile the bindings, every ``csrc/*/*.cu`` and the emulator; returns the shared library."""
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    units = {CSRC / "bindings.cpp": ["-O0", *include]}
-    units[CSRC / "common/tensor_view.cpp"] = ["-O1"]
-    for source in sorted(CSRC.glob("simt/host/*.cpp")):
-        units[source] = _RUNTIME[variant]
+    units = runtime(variant)
+    units += [(source, ["-O0", *include]) for source in sorted(CSRC.glob("bindings*.cpp"))]
+    units.append((CSRC / "common/tensor_view.cpp", ["-O1"]))
     for source in sorted(CSRC.glob("*/*.cu")):
         if source.name != "device_info.cu":
-            units[source] = ["-xc++", *_KERNELS[variant]]
-    return link(list(units.items()), _LINK[variant], "_C.so")
+            units.append((source, ["-xc++", *_KERNELS[variant]]))
+    return link(units, _LINK[variant], "_C.so")
 
 
-def link(units: list[tuple[Path, list[str]]], flags: list[str], name: str) -> Path:
-    """Compile each source whose text, headers or flags are new, and link them into ``name``."""
+def runtime(variant: Variant) -> list[Unit]:
+    """The emulator's own sources."""
+    return [(source, _RUNTIME[variant]) for source in sorted(CSRC.glob("simt/host/*.cpp"))]
+
+
+def link(units: list[Unit], flags: list[str], name: str) -> Path:
+    """Compile each source whose text, headers or flags are new, and link them into ``name``.
+
+    The emulator comes before the kernels: of a template that both instantiate the linker keeps the first, and the
+    emulator must not run one whose loads and stores call it back. All are C++17, for which libstdc++ holds the strings.
+    """
     folder = _cache()
     with open(folder / "lock", "w") as lock, ThreadPoolExecutor(_JOBS) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)  # processes that test in parallel build once

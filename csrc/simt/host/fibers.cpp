@@ -96,6 +96,9 @@ void entry() {
   if (!f.open.empty() || !f.groups.empty())
     report(reinterpret_cast<void*>(block->run), nullptr, "%s exits with un-waited cp.async data",
            who(f.linear).c_str());
+  if (stores_pending(f.linear))
+    report(reinterpret_cast<void*>(block->run), nullptr, "%s exits while its TMA stores read shared memory",
+           who(f.linear).c_str());
   block->runnable[f.warp] &= ~(1u << f.lane);
   Barrier& all = block->barriers[0];  // __syncthreads waits for the threads that live
   if (all.got && all.need < 0 && all.got == block->live) {

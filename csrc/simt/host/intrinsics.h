@@ -76,6 +76,8 @@ SIMT_DEV float ex2(float x) { return std::exp2(x); }
 SIMT_DEV uint32_t pack_bf16(float lo, float hi) { return bf16_bits(lo) | uint32_t(bf16_bits(hi)) << 16; }
 SIMT_DEV uint32_t pack_f16(float lo, float hi) { return f16_bits(lo) | uint32_t(f16_bits(hi)) << 16; }
 
+SIMT_DEV int32_t opaque(int32_t x) { return x; }
+
 SIMT_DEV uint4 load16(const void* p) {
   uint4 v;
   rt::load_vector(&v, p, 16);

@@ -66,7 +66,7 @@ void start_block(u64 linear) {
   k.runnable.assign(size_t(k.warps), 0);
   std::memset(k.smem, 0xff, k.smem_bytes);  // NaN
   if (k.config.race) {
-    k.clocks.assign(size_t(k.threads) * size_t(k.agents), 0);
+    k.clocks.assign(size_t(k.agents) * size_t(k.agents), 0);
     k.cells.assign(k.smem_bytes / kGranule + 1, Cell());
     for (int t = 0; t < k.threads; ++t) k.own_clock(t) = 1;
   }

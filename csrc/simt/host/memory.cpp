@@ -100,6 +100,12 @@ void note_store(uptr p, size_t bytes, void* pc) {
 }
 }  // namespace
 
+bool store_ok(uptr p, size_t bytes, void* pc) {
+  if (!global_ok(p, bytes, true, pc)) return false;
+  if (block->config.race) note_store(p, bytes, pc);
+  return true;
+}
+
 void access(void* address, size_t bytes, bool write, void* pc) {
   if (!block || block->current < 0) return;
   const uptr p = uptr(address);
@@ -122,8 +128,7 @@ void access(void* address, size_t bytes, bool write, void* pc) {
   }
   Dl_info info;
   if (!write && dladdr(address, &info)) return;  // constant tables of the module
-  if (!global_ok(p, bytes, write, pc)) fatal();
-  if (write && block->config.race) note_store(p, bytes, pc);
+  if (!(write ? store_ok(p, bytes, pc) : global_ok(p, bytes, false, pc))) fatal();
 }
 
 void check_shared(u32 offset, size_t bytes, int align, void* pc, const char* what) {

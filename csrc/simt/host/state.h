@@ -21,6 +21,7 @@ constexpr size_t kStackBytes = 128 << 10;
 constexpr u32 kInFlight = ~0u;  // the clock of a byte that an async copy has not delivered
 constexpr int kGranule = 2;     // bytes a shadow cell covers: one bf16
 constexpr int kNamedBarriers = 16;
+constexpr int kWarpgroups = 8;
 
 // The last write to a granule of shared memory and the reads since.
 struct Cell {
@@ -85,9 +86,9 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<u32> runnable;  // a bit a lane
   std::vector<Warp> warp;
-  Barrier barriers[2 * kNamedBarriers];  // the second half orders execution only, for warpgroup rendezvous
-  int agents;                            // length of a vector clock: the threads, and the async proxy last
-  std::vector<u32> clocks;
+  Barrier barriers[kNamedBarriers + kWarpgroups];  // those of warpgroups order execution, not memory
+  int agents;               // length of a vector clock: the threads, and the async proxy last
+  std::vector<u32> clocks;  // a vector clock an agent
   std::vector<Cell> cells;
   std::unique_ptr<Hopper> hopper;
   void (*run)(void*);
@@ -132,14 +133,16 @@ void absorb(u32* into, const u32* from);
 // memory.cpp
 void access(void* p, size_t bytes, bool write, void* pc);
 bool global_ok(uptr p, size_t bytes, bool write, void* pc);
+bool store_ok(uptr p, size_t bytes, void* pc);  // and notes who stored
 void check_shared(u32 offset, size_t bytes, int align, void* pc, const char* what);
 void forget_owners();
 
 // collectives.cpp
 bool last_to_arrive(const char* op, u32 mask, void* pc);
 
-// hopper.cpp
+// hopper.cpp, tma.cpp
 void reset_hopper();
-bool deliver_async();  // one asynchronous copy lands; false if none is on its way
+bool deliver_async();  // one asynchronous load lands; false if none is on its way
+bool stores_pending(int thread);
 }  // namespace rt
 }  // namespace simt

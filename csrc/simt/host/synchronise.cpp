@@ -7,8 +7,8 @@ namespace simt {
 namespace rt {
 void barrier(int id, int threads, bool wait) {
   Fiber& f = self();
-  f.pc = SIMT_CALLER;
-  if (id < 0 || id >= 2 * kNamedBarriers || (threads > 0 && threads % 32)) {
+  if (id < kNamedBarriers) f.pc = SIMT_CALLER;
+  if (id < 0 || id >= kNamedBarriers + kWarpgroups || (threads > 0 && threads % 32)) {
     report(SIMT_CALLER, nullptr, "no such named barrier: %d of %d threads", id, threads);
     fatal();
   }
@@ -33,7 +33,7 @@ void barrier(int id, int threads, bool wait) {
                                       "barrier 4",  "barrier 5",  "barrier 6",  "barrier 7",
                                       "barrier 8",  "barrier 9",  "barrier 10", "barrier 11",
                                       "barrier 12", "barrier 13", "barrier 14", "barrier 15"};
-  sleep(id < kNamedBarriers ? names[id] : "wgmma");
+  sleep(id < kNamedBarriers ? names[id] : "wgmma commit or wait");
 }
 
 // The destination turns to NaN at issue and is filled only at the wait of the issuing thread, so a wait that
