@@ -109,7 +109,8 @@ def _named(x: Inputs) -> list[tuple[str, Tensor]]:
     return [("q", x.q), *((f"{name} {kind}", t) for name, k, v in x.runs for kind, t in (("keys", k), ("values", v)))]
 
 
-def _why_not_sm80(x: Inputs) -> str | None:
+def why_not_kernel_sm80(x: Inputs) -> str | None:
+    """The first reason the kernel that takes the most can't run, or None if it can."""
     if reason := why_not_kernel("stream_attention", x.q, "q"):
         return reason
     if x.q.shape[-1] not in (16, 64, 128):
@@ -123,7 +124,7 @@ def _why_not_sm80(x: Inputs) -> str | None:
 
 
 def _why_not_sm90(x: Inputs) -> str | None:
-    if reason := _why_not_sm80(x):
+    if reason := why_not_kernel_sm80(x):
         return reason
     if x.q.dtype == torch.float32:
         return "float32 has no tensor core path of its precision"
@@ -148,4 +149,4 @@ def _steps(x: Tensor) -> list[int]:
 
 
 # In the order of preference where several can run.
-_WHY_NOT: dict[str, Callable[[Inputs], str | None]] = {"kernel_sm90": _why_not_sm90, "kernel_sm80": _why_not_sm80}
+_WHY_NOT: dict[str, Callable[[Inputs], str | None]] = {"kernel_sm90": _why_not_sm90, "kernel_sm80": why_not_kernel_sm80}
