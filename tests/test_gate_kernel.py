@@ -135,7 +135,6 @@ def test_kernel_op_registration_and_compilation(emulated):
             (1, 1, 8),
             "bfloat16 weights are not built beside a torch.float16 state",
         ),
-        ((torch.float32, torch.float64), (1, 1, 8), "float64 weights are not built beside a torch.float32 state"),
         ((torch.float32, torch.bfloat16), (1, 1, 12), "the last dim of bias is 12, no multiple of 8"),
         ((torch.float32, torch.float32), (1, 1, 6), "the last dim of state is 6, no multiple of 4"),
     ],
