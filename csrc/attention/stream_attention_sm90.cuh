@@ -168,8 +168,8 @@ SIMT_DEV void consume(const StreamAttentionParams& p, uint32_t smem) {
   Piece piece;
   for (int32_t n = 0; p.schedule.piece(blockIdx.x, n, piece); ++n) {
     SIMT_SKIP(18, simt::mbar_wait(barriers.query_full(), n & 1));
-    if (piece.begin < SIMT_OFF(19, p.turned_steps))
-      turn_query<T, D>(p, place_of(p, piece.tile, C::kRows).b, group);
+    const bool turned = piece.begin < p.turned_steps;  // no mutant: a turned query is used by step alone
+    if (turned) turn_query<T, D>(p, place_of(p, piece.tile, C::kRows).b, group);
     SIMT_UNROLL
     for (int i = 0; i < D / 2; ++i) o[i] = 0;
     SIMT_UNROLL
@@ -178,19 +178,19 @@ SIMT_DEV void consume(const StreamAttentionParams& p, uint32_t smem) {
       sum[h] = 0;
     }
     start_scores(piece.begin);
-    SIMT_SKIP(20, simt::wgmma_wait<0>());
+    SIMT_SKIP(19, simt::wgmma_wait<0>());
     release(barriers.empty(false, stage_of<D>(count)));
     mask(piece.begin);
     SIMT_UNROLL
     for (int h = 0; h < 2; ++h) to_weights<kTiles>(s, h, p.scale_log2, m[h], sum[h]);
     pack();
-    for (int32_t step = piece.begin + 1; step < SIMT_OFF(21, piece.end); ++step) {
+    for (int32_t step = piece.begin + 1; step < SIMT_OFF(20, piece.end); ++step) {
       const int before = count++;
-      SIMT_SKIP(22, simt::bar_sync(1 + group, 256));
+      simt::bar_sync(1 + group, 256);  // no mutant: the order is for speed alone
       start_scores(step);
       start_values(before);
-      SIMT_SKIP(23, simt::bar_arrive(2 - group, 256));
-      SIMT_SKIP(24, simt::wgmma_wait<1>());
+      SIMT_SKIP(21, simt::bar_arrive(2 - group, 256));
+      SIMT_SKIP(22, simt::wgmma_wait<1>());
       release(barriers.empty(false, stage_of<D>(count)));
       mask(step);
       float shrink[2];
@@ -198,7 +198,7 @@ SIMT_DEV void consume(const StreamAttentionParams& p, uint32_t smem) {
       for (int h = 0; h < 2; ++h) shrink[h] = to_weights<kTiles>(s, h, p.scale_log2, m[h], sum[h]);
       // Without this store, which needs all weights, the compiler moves their computation below the wait.
       reinterpret_cast<float*>(simt::dyn_smem() + C::kHeld)[threadIdx.x] = sum[0] + sum[1];
-      SIMT_SKIP(25, simt::wgmma_wait<0>());
+      SIMT_SKIP(23, simt::wgmma_wait<0>());
       release(barriers.empty(true, stage_of<D>(before)));
       SIMT_UNROLL
       for (int i = 0; i < D / 2; ++i) o[i] *= shrink[i / 2 % 2];
@@ -206,7 +206,7 @@ SIMT_DEV void consume(const StreamAttentionParams& p, uint32_t smem) {
     }
     release(barriers.query_empty());
     start_values(count);
-    SIMT_SKIP(26, simt::wgmma_wait<0>());
+    SIMT_SKIP(24, simt::wgmma_wait<0>());
     release(barriers.empty(true, stage_of<D>(count)));
     ++count;
     const Place at = place_of(p, piece.tile, C::kRows);
@@ -215,7 +215,6 @@ SIMT_DEV void consume(const StreamAttentionParams& p, uint32_t smem) {
       write_row<T, D>(p, at, piece, C::kRows, threadIdx.x / 32 * 16 + (lane >> 2) + 8 * h, m[h], sum[h],
                       [&](int i, int e) { return o[4 * i + 2 * h + e]; });
   }
-  if (group == 0) SIMT_SKIP(27, simt::bar_sync(1, 256));  // the last turn, which nobody takes
 }
 
 template <class T, int D>
@@ -232,9 +231,9 @@ SIMT_GLOBAL void SIMT_BOUNDS(HopperTile<D>::kThreads, 1)
       simt::mbar_init(barriers.full(i / C::kStages, i % C::kStages), 1);
       simt::mbar_init(barriers.empty(i / C::kStages, i % C::kStages), kWarps);
     }
-    SIMT_SKIP(28, simt::mbar_fence_init());
+    SIMT_SKIP(25, simt::mbar_fence_init());
   }
-  SIMT_SKIP(29, __syncthreads());
+  SIMT_SKIP(26, __syncthreads());
   if (threadIdx.x >= 128 * C::kConsumers) {
     simt::registers_lower<40>();
     if (threadIdx.x == 128 * C::kConsumers) produce<D>(p, maps, smem);
