@@ -147,7 +147,7 @@ using Planner = void (*)(StreamAttentionParams&, int32_t);
 constexpr int64_t kMaxTokens = INT32_MAX - 1024;  // tokens are counted in 32 bits, with room for a tile
 
 Planner attention_planner(bool sm90) {
-#ifdef ECHO_EXT_WITH_SM90A
+#if defined(ECHO_EXT_WITH_SM90A) || defined(SIMT_HOST)
   if (sm90) return stream_attention_sm90_plan;
 #endif
   ECHO_CHECK(!sm90, "this build has no kernels for sm_90a");
@@ -246,7 +246,7 @@ void stream_attention(bool sm90, const py::tuple& q_arg, const std::optional<py:
     check_shape("workspace", workspace, {floats});
     set_workspace(p, p.head_dim, static_cast<float*>(workspace.ptr));
   }
-#ifdef ECHO_EXT_WITH_SM90A
+#if defined(ECHO_EXT_WITH_SM90A) || defined(SIMT_HOST)
   if (sm90) return call.launch(stream_attention_sm90_fwd, p);
 #endif
   call.launch(stream_attention_fwd, p);
@@ -279,7 +279,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("emulated") = false;
 #endif
-#ifdef ECHO_EXT_WITH_SM90A
+#if defined(ECHO_EXT_WITH_SM90A) || defined(SIMT_HOST)
   m.attr("with_sm90a") = true;
 #else
   m.attr("with_sm90a") = false;

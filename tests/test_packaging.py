@@ -199,7 +199,7 @@ def test_layers_point_one_way(tmp_path):
     [
         *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", ".clang-format", ".pre-commit-config.yaml"),
         *("CMakeLists.txt", "setup.py", "pyproject.toml", ".ci/run", "csrc/common", "echo_ext", "python/echo_infinity"),
-        *("docs", "bench", "tests/conftest.py", "tests/numerics.py"),
+        *("csrc/simt", "docs", "bench", "tools", "tests/conftest.py", "tests/numerics.py"),
     ],
 )
 def test_top_level_is_complete(name):

@@ -51,7 +51,12 @@ void stream_attention_fwd(const StreamAttentionParams& p, simt::Stream stream) {
     using C = Tile<T, D>;
     simt::launch_kernel(attention::stream_attention_fwd_kernel<T, D>, dim3(p.schedule.blocks),
                         dim3(C::kThreads), C::kSmemBytes, stream, p);
-    attention::launch_join<T, D>(p, stream);
   });
+  stream_attention_join(p, stream);
+}
+
+void stream_attention_join(const StreamAttentionParams& p, simt::Stream stream) {
+  dispatch(p,
+           [&](auto type, auto d) { attention::launch_join<decltype(type), decltype(d)::value>(p, stream); });
 }
 }  // namespace echo

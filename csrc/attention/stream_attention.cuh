@@ -17,7 +17,7 @@ SIMT_DEV uint4 turn_chunk(const StreamAttentionParams& p, int b, int chunk, uint
   const float* shift = p.shift + b * p.shift_stride + chunk * kPairs * 2;
   SIMT_UNROLL
   for (int i = 0; i < kPairs; ++i) {
-    if (chunk * kPairs + i >= kTemporalPairs<D>) break;
+    if (chunk * kPairs + i >= SIMT_OFF(1, kTemporalPairs<D>)) break;
     const float c = shift[2 * i], s = shift[2 * i + 1];
     if constexpr (sizeof(T) == 4) {
       const float x0 = simt::float_of_bits(words[2 * i]), x1 = simt::float_of_bits(words[2 * i + 1]);

@@ -21,6 +21,9 @@ void stream_attention_plan(attention::StreamAttentionParams& p, int32_t processo
 // Runs a planned `p` that has its workspace.
 void stream_attention_fwd(const attention::StreamAttentionParams& p, simt::Stream stream);
 
+// Its last part, where blocks shared tiles.
+void stream_attention_join(const attention::StreamAttentionParams& p, simt::Stream stream);
+
 // The same on Hopper, for bfloat16 and float16 and head dims 64 and 128.
 void stream_attention_sm90_plan(attention::StreamAttentionParams& p, int32_t processors);
 void stream_attention_sm90_fwd(const attention::StreamAttentionParams& p, simt::Stream stream);

@@ -75,20 +75,20 @@ SIMT_DEV void produce(const StreamAttentionParams& p, const HopperMaps& maps, ui
       const uint32_t full = barriers.full(values, stage);
       const uint32_t to = smem + (values ? C::kV : C::kK) + stage * C::kKeyTile;
       SIMT_SKIP(1, simt::mbar_wait(barriers.empty(values, stage), parity_of<D>(number) ^ 1));
-      simt::mbar_arrive_tx(full, SIMT_BUG(2) ? C::kKeyTile / 2 : C::kKeyTile);
+      SIMT_SKIP(2, simt::mbar_arrive_tx(full, C::kKeyTile));
       SIMT_UNROLL
       for (int i = 0; i < C::kPanels; ++i)
         simt::tma_load_4d(to + i * C::kKeyPanel, map, full, i * 64, at.h, keys.first, at.b);
     };
     SIMT_SKIP(3, simt::mbar_wait(barriers.query_empty(), n & 1 ^ 1));
-    simt::mbar_arrive_tx(barriers.query_full(), C::kPanels * C::kQueryPanel);
+    SIMT_SKIP(4, simt::mbar_arrive_tx(barriers.query_full(), C::kPanels * C::kQueryPanel));
     SIMT_UNROLL
     for (int i = 0; i < C::kPanels; ++i)
       simt::tma_load_4d(smem + i * C::kQueryPanel, &maps.q, barriers.query_full(), i * 64, at.h, at.row,
                         at.b);
     load(piece.begin, false);
-    for (int32_t step = piece.begin; step < piece.end; ++step) {
-      if (step + 1 < piece.end) load(step + 1, false);
+    for (int32_t step = piece.begin; step < SIMT_OFF(5, piece.end); ++step) {
+      if (step + 1 < SIMT_OFF(6, piece.end)) load(step + 1, false);
       load(step, true);
     }
     count += piece.end - piece.begin;
@@ -107,8 +107,8 @@ SIMT_DEV void turn_query(const StreamAttentionParams& p, int b, int group) {
     const int at = row * 128 + ((chunk ^ (row & 7)) << 4);
     simt::store16(smem + C::kTurned + at, turn_chunk<T, D>(p, b, chunk, simt::load16(smem + at)));
   }
-  SIMT_SKIP(4, simt::fence_proxy_async());
-  SIMT_SKIP(5, simt::bar_sync(3 + group, 128));
+  SIMT_SKIP(7, simt::fence_proxy_async());
+  SIMT_SKIP(8, simt::bar_sync(3 + group, 128));
 }
 
 // A warpgroup: 64 rows of every piece of this block.
@@ -124,37 +124,36 @@ SIMT_DEV void consume(const StreamAttentionParams& p, uint32_t smem) {
   int count = 0;
 
   auto release = [&](uint32_t barrier) {
-    if (lane == 0) simt::mbar_arrive(barrier);
+    if (lane == 0) SIMT_SKIP(9, simt::mbar_arrive(barrier));
   };
   auto start_scores = [&](int32_t step) {
     const uint32_t k = smem + C::kK + stage_of<D>(count) * C::kKeyTile;
-    const uint32_t first = smem + (step < p.turned_steps ? C::kTurned : 0) + group * 64 * 128;
-    SIMT_SKIP(6, simt::mbar_wait(barriers.full(false, stage_of<D>(count)), parity_of<D>(count)));
-    simt::wgmma_fence();
+    const uint32_t first = smem + (step < SIMT_OFF(10, p.turned_steps) ? C::kTurned : 0) + group * 64 * 128;
+    SIMT_SKIP(11, simt::mbar_wait(barriers.full(false, stage_of<D>(count)), parity_of<D>(count)));
+    SIMT_SKIP(12, simt::wgmma_fence());
     SIMT_UNROLL
     for (int kk = 0; kk < D / 16; ++kk) {
       const uint32_t q = kk < 4 ? first : smem + C::kQueryPanel * (kk / 4) + group * 64 * 128;
-      simt::Wgmma<T, C::kKeys>::template ss<0>(
-          s, simt::smem_desc_sw128(q + kk % 4 * 32, 16, 1024),
-          simt::smem_desc_sw128(k + kk / 4 * C::kKeyPanel + kk % 4 * 32, 16, 1024), kk != 0);
+      simt::wgmma_ss<T, C::kKeys, 0, 0>(
+          s, simt::smem_desc<128>(q + kk % 4 * 32, 0, 1024),
+          simt::smem_desc<128>(k + kk / 4 * C::kKeyPanel + kk % 4 * 32, 0, 1024), kk != 0);
     }
-    simt::wgmma_commit();
+    SIMT_SKIP(13, simt::wgmma_commit());
   };
   // Values of the step before.
   auto start_values = [&](int number) {
     const uint32_t v = smem + C::kV + stage_of<D>(number) * C::kKeyTile;
-    SIMT_SKIP(7, simt::mbar_wait(barriers.full(true, stage_of<D>(number)), parity_of<D>(number)));
-    simt::wgmma_fence();
+    SIMT_SKIP(14, simt::mbar_wait(barriers.full(true, stage_of<D>(number)), parity_of<D>(number)));
+    SIMT_SKIP(15, simt::wgmma_fence());
     SIMT_UNROLL
     for (int kk = 0; kk < C::kKeys / 16; ++kk)
-      simt::Wgmma<T, D>::template rs<1>(o, w[kk], simt::smem_desc_sw128(v + kk * 2048, C::kKeyPanel, 1024),
-                                        1);
-    simt::wgmma_commit();
+      simt::wgmma_rs<T, D, 1>(o, w[kk], simt::smem_desc<128>(v + kk * 2048, C::kKeyPanel, 1024), 1);
+    SIMT_SKIP(16, simt::wgmma_commit());
   };
   auto mask = [&](int32_t step) {
     const Keys keys = keys_of<C::kKeys>(p, step);
     const int32_t left = p.segment[keys.segment].tokens - keys.first;
-    if (left < C::kKeys) mask_keys<kTiles>(s, SIMT_OFF(8, left));
+    if (left < C::kKeys) mask_keys<kTiles>(s, left);
   };
   auto pack = [&] {
     SIMT_UNROLL
@@ -165,11 +164,12 @@ SIMT_DEV void consume(const StreamAttentionParams& p, uint32_t smem) {
   };
 
   // The groups take turns at the tensor cores: barrier 1 is the first one's turn, 2 the second's.
-  if (group == 1) SIMT_SKIP(9, simt::bar_arrive(1, 256));
+  if (group == 1) SIMT_SKIP(17, simt::bar_arrive(1, 256));
   Piece piece;
   for (int32_t n = 0; p.schedule.piece(blockIdx.x, n, piece); ++n) {
-    SIMT_SKIP(10, simt::mbar_wait(barriers.query_full(), n & 1));
-    if (piece.begin < p.turned_steps) turn_query<T, D>(p, place_of(p, piece.tile, C::kRows).b, group);
+    SIMT_SKIP(18, simt::mbar_wait(barriers.query_full(), n & 1));
+    const bool turned = piece.begin < p.turned_steps;  // no mutant: a turned query is used by step alone
+    if (turned) turn_query<T, D>(p, place_of(p, piece.tile, C::kRows).b, group);
     SIMT_UNROLL
     for (int i = 0; i < D / 2; ++i) o[i] = 0;
     SIMT_UNROLL
@@ -178,19 +178,19 @@ SIMT_DEV void consume(const StreamAttentionParams& p, uint32_t smem) {
       sum[h] = 0;
     }
     start_scores(piece.begin);
-    SIMT_SKIP(11, simt::wgmma_wait<0>());
+    SIMT_SKIP(19, simt::wgmma_wait<0>());
     release(barriers.empty(false, stage_of<D>(count)));
     mask(piece.begin);
     SIMT_UNROLL
     for (int h = 0; h < 2; ++h) to_weights<kTiles>(s, h, p.scale_log2, m[h], sum[h]);
     pack();
-    for (int32_t step = piece.begin + 1; step < piece.end; ++step) {
+    for (int32_t step = piece.begin + 1; step < SIMT_OFF(20, piece.end); ++step) {
       const int before = count++;
-      SIMT_SKIP(12, simt::bar_sync(1 + group, 256));
+      simt::bar_sync(1 + group, 256);  // no mutant: the order is for speed alone
       start_scores(step);
       start_values(before);
-      SIMT_SKIP(13, simt::bar_arrive(2 - group, 256));
-      SIMT_SKIP(14, simt::wgmma_wait<1>());
+      SIMT_SKIP(21, simt::bar_arrive(2 - group, 256));
+      SIMT_SKIP(22, simt::wgmma_wait<1>());
       release(barriers.empty(false, stage_of<D>(count)));
       mask(step);
       float shrink[2];
@@ -198,7 +198,7 @@ SIMT_DEV void consume(const StreamAttentionParams& p, uint32_t smem) {
       for (int h = 0; h < 2; ++h) shrink[h] = to_weights<kTiles>(s, h, p.scale_log2, m[h], sum[h]);
       // Without this store, which needs all weights, the compiler moves their computation below the wait.
       reinterpret_cast<float*>(simt::dyn_smem() + C::kHeld)[threadIdx.x] = sum[0] + sum[1];
-      SIMT_SKIP(15, simt::wgmma_wait<0>());
+      SIMT_SKIP(23, simt::wgmma_wait<0>());
       release(barriers.empty(true, stage_of<D>(before)));
       SIMT_UNROLL
       for (int i = 0; i < D / 2; ++i) o[i] *= shrink[i / 2 % 2];
@@ -206,7 +206,7 @@ SIMT_DEV void consume(const StreamAttentionParams& p, uint32_t smem) {
     }
     release(barriers.query_empty());
     start_values(count);
-    SIMT_SKIP(16, simt::wgmma_wait<0>());
+    SIMT_SKIP(24, simt::wgmma_wait<0>());
     release(barriers.empty(true, stage_of<D>(count)));
     ++count;
     const Place at = place_of(p, piece.tile, C::kRows);
@@ -215,7 +215,6 @@ SIMT_DEV void consume(const StreamAttentionParams& p, uint32_t smem) {
       write_row<T, D>(p, at, piece, C::kRows, threadIdx.x / 32 * 16 + (lane >> 2) + 8 * h, m[h], sum[h],
                       [&](int i, int e) { return o[4 * i + 2 * h + e]; });
   }
-  if (group == 0) SIMT_SKIP(17, simt::bar_sync(1, 256));  // the last turn, which nobody takes
 }
 
 template <class T, int D>
@@ -232,14 +231,14 @@ SIMT_GLOBAL void SIMT_BOUNDS(HopperTile<D>::kThreads, 1)
       simt::mbar_init(barriers.full(i / C::kStages, i % C::kStages), 1);
       simt::mbar_init(barriers.empty(i / C::kStages, i % C::kStages), kWarps);
     }
-    SIMT_SKIP(18, simt::mbar_fence_init());
+    SIMT_SKIP(25, simt::mbar_fence_init());
   }
-  SIMT_SKIP(19, __syncthreads());
+  SIMT_SKIP(26, __syncthreads());
   if (threadIdx.x >= 128 * C::kConsumers) {
-    simt::setmaxnreg_dec<40>();
+    simt::registers_lower<40>();
     if (threadIdx.x == 128 * C::kConsumers) produce<D>(p, maps, smem);
   } else {
-    simt::setmaxnreg_inc<232>();
+    simt::registers_raise<232>();
     consume<T, D>(p, smem);
   }
 }

@@ -13,12 +13,12 @@ constexpr int kRopeHeads = 4;  // a thread: enough loads in flight, and the tabl
 // kHeadDim 0: p.head_dim. kVec channels a thread, kVec == 2 for any alignment.
 template <class T, int kHeadDim, int kVec>
 SIMT_GLOBAL void SIMT_BOUNDS(kRopeThreads, 4) rope_rotate_fwd_kernel(const RopeRotateParams p) {
-  const int chunks = (kHeadDim ? kHeadDim : int(p.head_dim)) / kVec;
-  const int groups = (int(p.heads) + kRopeHeads - 1) / kRopeHeads;
-  const int item = int(blockIdx.x * kRopeThreads + threadIdx.x);
-  const int chunk = item % chunks, group = item / chunks % groups, token = item / chunks / groups;
-  if (token >= SIMT_OFF(1, int(p.tokens))) return;
-  const int frame = token / int(p.frame_tokens), cell = token - frame * int(p.frame_tokens);
+  const unsigned chunks = unsigned(kHeadDim ? kHeadDim : p.head_dim) / kVec;
+  const unsigned groups = (unsigned(p.heads) + kRopeHeads - 1) / kRopeHeads;
+  const unsigned item = blockIdx.x * kRopeThreads + threadIdx.x;
+  const unsigned chunk = item % chunks, group = item / chunks % groups, token = item / chunks / groups;
+  if (token >= SIMT_OFF(1, unsigned(p.tokens))) return;
+  const unsigned frame = token / unsigned(p.frame_tokens), cell = token - frame * unsigned(p.frame_tokens);
   const int64_t batch = blockIdx.y;
 
   const float* frame_row = p.frame_table + batch * p.table_batch + frame * p.table_frame;
@@ -37,13 +37,13 @@ SIMT_GLOBAL void SIMT_BOUNDS(kRopeThreads, 4) rope_rotate_fwd_kernel(const RopeR
   float v[kRopeHeads][kVec];
   SIMT_UNROLL
   for (int i = 0; i < kRopeHeads; ++i) {
-    const int head = group + i * groups;
-    if (head < SIMT_OFF(3, int(p.heads))) simt::load_floats(v[i], x + head * p.x_head);
+    const unsigned head = group + i * groups;
+    if (head < SIMT_OFF(3, unsigned(p.heads))) simt::load_floats(v[i], x + head * p.x_head);
   }
   SIMT_UNROLL
   for (int i = 0; i < kRopeHeads; ++i) {
-    const int head = group + i * groups;
-    if (head >= SIMT_OFF(4, int(p.heads))) break;
+    const unsigned head = group + i * groups;
+    if (head >= SIMT_OFF(4, unsigned(p.heads))) break;
     SIMT_UNROLL
     for (int j = 0; j < kVec; j += 2) {
       const float even = v[i][j], odd = v[i][j + 1], cos = turn[j / 2].x, sin = turn[j / 2].y;

@@ -32,6 +32,7 @@ SIMT_DEV void wgmma_pin(float (&d)[N]) {
   SIMT_N48 "," SIMT_N8(48, 49, 50, 51, 52, 53, 54, 55) "," SIMT_N8(56, 57, 58, 59, 60, 61, 62, 63)
 #define SIMT_N80 \
   SIMT_N64 "," SIMT_N8(64, 65, 66, 67, 68, 69, 70, 71) "," SIMT_N8(72, 73, 74, 75, 76, 77, 78, 79)
+#define SIMT_N88 SIMT_N80 "," SIMT_N8(80, 81, 82, 83, 84, 85, 86, 87)
 #define SIMT_N96 \
   SIMT_N80 "," SIMT_N8(80, 81, 82, 83, 84, 85, 86, 87) "," SIMT_N8(88, 89, 90, 91, 92, 93, 94, 95)
 #define SIMT_N112 \
@@ -47,6 +48,7 @@ SIMT_DEV void wgmma_pin(float (&d)[N]) {
 #define SIMT_D48 SIMT_D32, SIMT_D8(32), SIMT_D8(40)
 #define SIMT_D64 SIMT_D48, SIMT_D8(48), SIMT_D8(56)
 #define SIMT_D80 SIMT_D64, SIMT_D8(64), SIMT_D8(72)
+#define SIMT_D88 SIMT_D80, SIMT_D8(80)
 #define SIMT_D96 SIMT_D80, SIMT_D8(80), SIMT_D8(88)
 #define SIMT_D112 SIMT_D96, SIMT_D8(96), SIMT_D8(104)
 #define SIMT_D128 SIMT_D112, SIMT_D8(112), SIMT_D8(120)
@@ -83,6 +85,7 @@ struct Wgmma;
   SIMT_WGMMA(type, name, 96, SIMT_N48, 48, 49, 50, 51, 52, 53, 54, SIMT_D48)           \
   SIMT_WGMMA(type, name, 128, SIMT_N64, 64, 65, 66, 67, 68, 69, 70, SIMT_D64)          \
   SIMT_WGMMA(type, name, 160, SIMT_N80, 80, 81, 82, 83, 84, 85, 86, SIMT_D80)          \
+  SIMT_WGMMA(type, name, 176, SIMT_N88, 88, 89, 90, 91, 92, 93, 94, SIMT_D88)          \
   SIMT_WGMMA(type, name, 192, SIMT_N96, 96, 97, 98, 99, 100, 101, 102, SIMT_D96)       \
   SIMT_WGMMA(type, name, 224, SIMT_N112, 112, 113, 114, 115, 116, 117, 118, SIMT_D112) \
   SIMT_WGMMA(type, name, 256, SIMT_N128, 128, 129, 130, 131, 132, 133, 134, SIMT_D128)

@@ -3,13 +3,15 @@
 
 #include <cstdarg>
 #include <cstdio>
+#include <map>
+#include <mutex>
 
 #include "simt/host/state.h"
 
 namespace simt {
 namespace rt {
-// "a.cuh:12 < b.cuh:40": the line and the calls it was inlined from, without those of the intrinsics.
-std::string where(void* pc) {
+namespace {
+std::string find_line(void* pc) {
   Dl_info info;
   if (!pc || !dladdr(pc, &info) || !info.dli_fname) return "?";
   char command[1200], line[600];
@@ -26,6 +28,16 @@ std::string where(void* pc) {
   }
   pclose(pipe);
   return out.empty() ? "?" : out;
+}
+}  // namespace
+
+// "a.cuh:12 < b.cuh:40": the line and the calls it was inlined from, without those of the intrinsics.
+std::string where(void* pc) {
+  static std::mutex mutex;
+  static std::map<void*, std::string> known;  // hundreds of threads wait in one place
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(pc);
+  return found != known.end() ? found->second : known[pc] = find_line(pc);
 }
 
 std::string who(int agent) {
