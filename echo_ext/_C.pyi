@@ -27,3 +27,52 @@ def stream_attention_fwd(
     processors: int,
     stream: Stream,
 ) -> None: ...
+def ring_append_fwd(
+    q: TensorTuple,
+    k: TensorTuple,
+    v: TensorTuple,
+    q_weight: TensorTuple | None,
+    k_weight: TensorTuple | None,
+    frame_table: TensorTuple,
+    key_frame_table: TensorTuple | None,
+    grid_table: TensorTuple,
+    slots: TensorTuple,
+    ring_k: TensorTuple,
+    ring_v: TensorTuple,
+    ring_raw: TensorTuple | None,
+    eps: float,
+    out: TensorTuple,
+    stream: Stream,
+) -> None: ...
+def modulate_fwd(
+    x: TensorTuple, shift: TensorTuple, scale: TensorTuple, eps: float, out: TensorTuple, stream: Stream
+) -> None: ...
+def gated_add_fwd(x: TensorTuple, y: TensorTuple, gate: TensorTuple, sum: TensorTuple, stream: Stream) -> None: ...
+def gated_modulate_fwd(
+    x: TensorTuple,
+    y: TensorTuple,
+    gate: TensorTuple | None,
+    shift: TensorTuple,
+    scale: TensorTuple,
+    eps: float,
+    sum: TensorTuple,
+    out: TensorTuple,
+    stream: Stream,
+) -> None: ...
+def memory_query_fwd(
+    q: TensorTuple,
+    norm_weight: TensorTuple | None,
+    frame_table: TensorTuple | None,
+    grid_table: TensorTuple | None,
+    eps: float,
+    out: TensorTuple,
+    stream: Stream,
+) -> None: ...
+def gate_blend_fwd(
+    state: TensorTuple,
+    proposal: TensorTuple,
+    weight: TensorTuple,
+    bias: TensorTuple,
+    out: TensorTuple,
+    stream: Stream,
+) -> None: ...
