@@ -5,9 +5,8 @@
 // A step of 128 queries and 176 keys at d = 128 takes the tensor cores 2816 cycles, its 22,528 exponentials
 // the special function units 1408, and 90,112 bytes from L2: 32 a cycle at the tensor cores' peak.
 #pragma once
-#include "attention/attention_core.cuh"
+#include "attention/attention_tile.cuh"
 #include "attention/stream_attention.cuh"
-#include "attention/stream_attention.h"
 #include "simt/simt_sm90.h"
 
 namespace echo::attention {
