@@ -39,6 +39,36 @@ def test_blocks_share_tiles(backend, case, dtype, emulated):
     assert emulated.counters().launches == 2
 
 
+def skip_unless_it_runs(backend, **args):
+    """A skip that says why a backend can't take this query here."""
+    try:
+        _attention.choose(backend, _attention.inputs(args["q"], args["shift"], [("ring", *args["ring"])], 1.0))
+    except RuntimeError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernel_matches_one_softmax_on_a_gpu(backend, seed):
+    case, dtype, layouts = random_case(backend, seed)
+    skip_unless_it_runs(backend, **draw(Case(1, 1, (0, 0, 1), 1, case.d, ""), dtype, device="cuda"))
+    check(backend, case, dtype, layouts, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [*BACKENDS, "library"])
+def test_official_geometry_on_a_gpu(backend):
+    args = draw(Case(1, 4680, (4680, 4680, 14040), 12, 128), torch.bfloat16, device="cuda")
+    skip_unless_it_runs(backend, **args)
+    out = stream_attention(**args, backend=backend)
+    rows = [0, 1, 127, 128, 2339, 4607, 4608, 4679]
+    some = {**args, "q": args["q"][:, rows]}
+    exact, _ = one_softmax(**some)
+    budget, _ = stream_attention_ref(*positional(some))
+    assert_no_worse_than(out[:, rows], budget, exact)
+
+
 @pytest.mark.sanitizers
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_tile_and_its_tails(backend, emulated):
