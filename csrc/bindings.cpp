@@ -52,7 +52,7 @@ void check_contiguous(const char* name, const TensorView& v) {
     empty = empty || v.size[i] == 0;
     step *= v.size[i];
   }
-  ECHO_CHECK(dense || empty, name, " must be contiguous, got ", describe(v));
+  ECHO_CHECK(dense || empty, name, " must be contiguous, got strides ", tuple_text(v.stride, v.ndim));
 }
 
 void check_pairs(const char* name, const TensorView& v) {
@@ -88,14 +88,6 @@ void check_tables(const char* x_name, const TensorView& x, const char* name, con
 
 namespace {
 #if defined(ECHO_EXT_WITH_CUDA) || defined(SIMT_HOST)
-void check_dense(const char* name, const TensorView& v) {
-  int64_t stride = 1;
-  bool dense = true;
-  for (int i = v.ndim; i-- > 0; stride *= v.size[i])
-    dense = dense && (v.size[i] == 1 || v.stride[i] == stride);
-  ECHO_CHECK(dense, name, " must be contiguous, got strides ", tuple_text(v.stride, v.ndim));
-}
-
 void rope_rotate(const py::tuple& x_arg, const py::tuple& frame_arg, const py::tuple& grid_arg,
                  const py::tuple& out_arg, Stream stream) {
   Call call(stream);
@@ -136,10 +128,6 @@ void check_rows(const char* name, const TensorView& v) {
   for (int i = 0; i + 1 < v.ndim; ++i) aligned = aligned && v.step(i) * bytes % 16 == 0;
   ECHO_CHECK(aligned, name, " must have rows aligned to 16 bytes, got address ", v.ptr, " and strides ",
              tuple_text(v.stride, v.ndim));
-}
-
-void set_strides(int64_t (&to)[3], const TensorView& v) {
-  for (int i = 0; i < 3; ++i) to[i] = v.step(i);
 }
 
 using attention::StreamAttentionParams;
@@ -193,7 +181,7 @@ void stream_attention(bool sm90, const py::tuple& q_arg, const std::optional<py:
   check_shape("out", out, {q.size[0], q.size[1], q.size[2], q.size[3]});
   check_dtype("out", out, q.dtype);
   check_rows("q", q);
-  check_dense("out", out);
+  check_contiguous("out", out);
   std::vector<TensorView> keys, values;
   std::vector<int64_t> tokens;
   for (const auto& [k, v] : runs) {
@@ -212,12 +200,12 @@ void stream_attention(bool sm90, const py::tuple& q_arg, const std::optional<py:
   ECHO_CHECK(turned >= 0 && turned <= p.segments, "turned must be 0 to ", p.segments, ", got ", turned);
   ECHO_CHECK(processors > 0, "processors must be positive, got ", processors);
   p.q = q.ptr;
-  set_strides(p.q_stride, q);
+  set_steps(p.q_stride, q);
   for (int i = 0; i < p.segments; ++i) {
     p.segment[i].k = keys[i].ptr;
     p.segment[i].v = values[i].ptr;
-    set_strides(p.segment[i].k_stride, keys[i]);
-    set_strides(p.segment[i].v_stride, values[i]);
+    set_steps(p.segment[i].k_stride, keys[i]);
+    set_steps(p.segment[i].v_stride, values[i]);
   }
   p.scale_log2 = float(scale * 1.4426950408889634);
   if (const auto shift = call.in("shift", shift_arg)) {
@@ -235,7 +223,7 @@ void stream_attention(bool sm90, const py::tuple& q_arg, const std::optional<py:
   if (const auto lse = call.out("lse", lse_arg)) {
     check_shape("lse", *lse, {q.size[0], q.size[2], q.size[1]});
     check_dtype("lse", *lse, DType::kF32);
-    check_dense("lse", *lse);
+    check_contiguous("lse", *lse);
     p.lse = static_cast<float*>(lse->ptr);
   }
   attention_planner(sm90)(p, processors);

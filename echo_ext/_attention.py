@@ -13,6 +13,7 @@ from echo_ext._dispatch import why_not_kernel
 from echo_ext.rope import why_not_table
 
 Backend = Literal["auto", "kernel", "kernel_sm90", "kernel_sm80", "library", "reference"]
+Way = Literal["kernel_sm90", "kernel_sm80", "library", "reference"]
 BACKENDS = ("auto", "kernel", "kernel_sm90", "kernel_sm80", "library", "reference")
 
 
@@ -35,8 +36,8 @@ def inputs(
     return Inputs(q, shift if turned else None, runs, turned, scale)
 
 
-def choose(backend: Backend, x: Inputs) -> str:
-    """The way a call runs: "kernel_sm90", "kernel_sm80", "library" or "reference".
+def choose(backend: Backend, x: Inputs) -> Way:
+    """The way a call runs.
 
     Raises:
         ValueError: no such backend.
@@ -45,9 +46,9 @@ def choose(backend: Backend, x: Inputs) -> str:
     if backend not in BACKENDS:
         names = ", ".join(map(repr, BACKENDS[:-1]))
         raise ValueError(f"stream_attention: backend must be {names} or {BACKENDS[-1]!r}, got {backend!r}")
-    if backend in ("library", "reference"):
+    if backend == "library" or backend == "reference":
         return backend
-    if backend in _WHY_NOT:
+    if backend == "kernel_sm80" or backend == "kernel_sm90":
         if reason := _WHY_NOT[backend](x):
             raise RuntimeError(f"stream_attention: {backend} can't run: {reason}")
         return backend
@@ -68,7 +69,7 @@ def on_device(device: int) -> str:
     return f"kernel_sm90 for float16 and bfloat16 with head dim 64 or 128, as this is sm_90; else {general}"
 
 
-def run(name: str, x: Inputs) -> tuple[Tensor, Tensor]:
+def run(name: Way, x: Inputs) -> tuple[Tensor, Tensor]:
     """Launch a kernel that :func:`choose` named; output ``(B, Tq, H, d)`` and LSE ``(B, H, Tq)``."""
     sm90 = name == "kernel_sm90"
     b, t, h, _ = x.q.shape
@@ -149,4 +150,4 @@ def _steps(x: Tensor) -> list[int]:
 
 
 # In the order of preference where several can run.
-_WHY_NOT: dict[str, Callable[[Inputs], str | None]] = {"kernel_sm90": _why_not_sm90, "kernel_sm80": why_not_kernel_sm80}
+_WHY_NOT: dict[Way, Callable[[Inputs], str | None]] = {"kernel_sm90": _why_not_sm90, "kernel_sm80": why_not_kernel_sm80}

@@ -70,12 +70,16 @@ def build_info() -> dict[str, object]:
 
     Returns:
         ``cuda`` toolkit version or None, ``archs`` the kernels were built for, ``devices`` one line a CUDA device,
-        ``why_no_kernels`` the reason the reference is used everywhere, "" where kernels run.
+        ``attention`` which attention each would run and why, ``why_no_kernels`` the reason the reference is used
+        everywhere, "" where kernels run.
     """
+    from echo_ext._attention import on_device  # it imports this module
+
     cuda, archs = (_C.cuda_version, _C.cuda_archs) if _C else (None, "")
     reason = why_no_kernels()
     devices = _C.device_info() if _C and not reason else ()
-    return {"cuda": cuda, "archs": archs, "devices": devices, "why_no_kernels": reason}
+    attention = tuple(on_device(i) for i in range(len(devices)))
+    return {"cuda": cuda, "archs": archs, "devices": devices, "attention": attention, "why_no_kernels": reason}
 
 
 def module() -> ModuleType:

@@ -67,10 +67,10 @@ def stream_attention(
     way = _attention.choose(backend, _inputs(*args))
     if way == "reference" and wants_grad:
         return stream_attention_ref(*args)[0]
+    if wants_grad:  # of the library's LSEs there is none
+        return _StreamAttention.apply(*args, backend)
     if way in ("library", "reference"):
         return _merge_tiers(*args, fastest=way == "library")[0]
-    if wants_grad:
-        return _StreamAttention.apply(*args, backend)
     return torch.ops.echo_ext.stream_attention(*args, backend)[0]
 
 
@@ -249,7 +249,8 @@ def _impl(
     scale: float,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    out, lses = _merge_tiers(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)
+    args = (q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)
+    out, lses = _merge_tiers(*args, fastest=backend == "library")
     return out.contiguous(), lses.float().logsumexp(dim=0)
 
 
@@ -267,10 +268,14 @@ def _kernel(
 ) -> tuple[Tensor, Tensor]:
     args = (q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)
     x = _inputs(*args)
-    way, reason = _attention.choose(backend, x), _attention.why_not_address(x)
-    if reason and backend != "auto":
+    way = _attention.choose(backend, x)
+    if way in ("library", "reference"):
+        return _impl(*args, way)
+    if reason := _attention.why_not_address(x):
+        if backend == "auto":
+            return _impl(*args)
         raise RuntimeError(f"stream_attention: {way} can't run: {reason}")
-    return _impl(*args) if reason or way == "reference" else _attention.run(way, x)
+    return _attention.run(way, x)
 
 
 register(_LIB, "stream_attention", kernel=_kernel, reference=_impl, fake=_fake)

@@ -19,6 +19,8 @@ CASES = {
     "pipeline_that_does_not_wait_for_empty": "RACE|DEADLOCK",
     "one_store_each": NONE,
     "two_threads_store_to_one_place": "already written by block 0 thread",
+    "a_block_reads_what_it_stored": NONE,
+    "a_block_reads_what_another_stored": "reads out+0, stored by block 0 of the same launch",
     "threads_may_exit_before_a_barrier": NONE,
     "warps_at_different_barriers": "DEADLOCK: 128 of 128 threads",
     "uninitialised_shared_memory": "reads uninitialised shared memory",

@@ -69,6 +69,7 @@ def test_exactly_a_machine_without_kernels_has_a_reason():
     runs = _native.module().cuda_version is not None and torch.cuda.is_available()
     reason = _native.why_no_kernels()
     assert (reason == "") == (runs and _native.module().driver_error() == "")
+    assert len(build_info()["attention"]) == len(build_info()["devices"])
     assert len(build_info()["devices"]) == (torch.cuda.device_count() if reason == "" else 0)
 
 
@@ -86,7 +87,7 @@ def test_a_device_without_kernels_has_no_streams():
 
 def test_emulated_module_stands_in_for_the_compiled_one(emulated):
     assert _native.module() is emulated.module
-    assert build_info() == {"cuda": None, "archs": "", "devices": (), "why_no_kernels": ""}
+    assert build_info() == {"cuda": None, "archs": "", "devices": (), "attention": (), "why_no_kernels": ""}
 
 
 @pytest.mark.gpu

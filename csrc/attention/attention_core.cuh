@@ -15,19 +15,16 @@
 // Layouts: q, k and v rows are 16-byte aligned. Shared memory holds the query tile and a ring of three tiles,
 // keys and values in turn, rows of 16-byte chunks swizzled so that ldmatrix meets no bank conflict.
 #pragma once
-#include "attention/attention_params.h"
-#include "simt/simt.h"
+#include "attention/attention_tile.cuh"
 
 namespace echo::attention {
-
-inline constexpr float kLn2 = 0.69314718056f;
 
 template <class T, int D>
 struct Tile {
   static constexpr bool kHalf = sizeof(T) == 2;
   static constexpr int kThreads = 128;
-  static constexpr int kRowTiles =
-      kHalf ? 2 : 1;  // of 16 rows a warp: two halve the traffic of keys and values
+  // Tiles of 16 rows a warp: two halve the traffic of keys and values.
+  static constexpr int kRowTiles = kHalf ? 2 : 1;
   static constexpr int kRows = 64 * kRowTiles;
   static constexpr int kKeys = kHalf ? 64 : 32;
   static constexpr int kRowBytes = D * sizeof(T);
@@ -38,8 +35,8 @@ struct Tile {
   static constexpr int kBlocks = 2;  // a multiprocessor
 
   // Byte offset of a chunk of a row. Eight rows at one chunk fall into eight different 16-byte banks. The
-  // pattern repeats every 8 rows, and offset(row, chunk ^ c) is offset(row, chunk) ^ c << 4: no address need
-  // be kept.
+  // pattern repeats every 8 rows, and offset(row, chunk ^ c) is offset(row, chunk) ^ (c << 4): no address
+  // need be kept.
   SIMT_DEV static uint32_t offset(int row, int chunk) {
     constexpr int kRowsALine = kChunks < 8 ? 8 / kChunks : 1;
     constexpr int kMask = kChunks < 8 ? kChunks - 1 : 7;
@@ -47,31 +44,11 @@ struct Tile {
   }
 };
 
-// Which queries a tile holds: batch element, head, first row.
-struct Place {
-  int32_t b, h, row;
-};
-SIMT_DEV Place place_of(const AttentionParams& p, int32_t tile, int32_t rows) {
-  const int32_t per_head = (p.queries + rows - 1) / rows, head = tile / per_head;
-  return {head / p.heads, head % p.heads, (tile - head * per_head) * rows};
-}
-
 // 16 bytes of a query row, as they are.
 template <class T>
 SIMT_DEV uint4 load_chunk(const AttentionParams& p, int b, int row, int h, int chunk) {
   const T* q = static_cast<const T*>(p.q) + b * p.q_stride[0] + row * p.q_stride[1] + h * p.q_stride[2];
   return simt::load16(q + chunk * simt::kPer16Bytes<T>);
-}
-
-// The segment and first key of a step.
-struct Keys {
-  int32_t segment, first;
-};
-template <int kKeys>
-SIMT_DEV Keys keys_of(const AttentionParams& p, int32_t step) {
-  if (step < SIMT_OFF(1, p.step_end[0])) return {0, step * kKeys};
-  if (step < SIMT_OFF(2, p.step_end[1])) return {1, (step - p.step_end[0]) * kKeys};
-  return {2, (step - p.step_end[1]) * kKeys};
 }
 
 // Starts copying a tile of keys or values; rows from `left` on become zero.
@@ -83,7 +60,7 @@ SIMT_DEV void load_tile(uint32_t to, const T* from, int64_t stride, int32_t left
   from += first * stride + chunk * simt::kPer16Bytes<T>;
   SIMT_UNROLL
   for (int r = 0; r < C::kKeys; r += kRowsAPass) {
-    simt::cp_async16(to + C::offset(first + r, chunk), from, first + r < SIMT_OFF(3, left));
+    simt::cp_async16(to + C::offset(first + r, chunk), from, first + r < SIMT_OFF(1, left));
     from += kRowsAPass * stride;
   }
 }
@@ -107,7 +84,7 @@ SIMT_DEV void load_query(const AttentionParams& p, const Place& at, const Query&
   const int chunk = threadIdx.x % C::kChunks;
   for (int row = threadIdx.x / C::kChunks; row < C::kRows; row += C::kThreads / C::kChunks) {
     uint4 x = {0, 0, 0, 0};
-    if (at.row + row < SIMT_OFF(4, p.queries)) x = query(at.b, at.row + row, at.h, chunk, turned);
+    if (at.row + row < SIMT_OFF(2, p.queries)) x = query(at.b, at.row + row, at.h, chunk, turned);
     simt::store16(smem + C::offset(row, chunk), x);
   }
 }
@@ -226,85 +203,6 @@ SIMT_DEV void add_values(float (&o)[Tile<T, D>::kRowTiles][D / 8][4],
   }
 }
 
-// The two functions below take fragments of one m16 tile, `s[4 n + e]` for n < kTiles.
-
-// Keys from `left` on are not there.
-template <int kTiles>
-SIMT_DEV void mask_keys(float* s, int32_t left) {
-  const int column = (threadIdx.x & 3) * 2;
-  SIMT_UNROLL
-  for (int n = 0; n < kTiles; ++n) {
-    SIMT_UNROLL
-    for (int e = 0; e < 4; ++e)
-      if (n * 8 + column + (e & 1) >= SIMT_OFF(5, left)) s[4 * n + e] = -INFINITY;
-  }
-}
-
-// Turns the scores of a lane's upper (h = 0) or lower row into weights 2^(s scale - m), m the running maximum
-// in units of log 2, and returns the factor by which everything before them shrinks. m is rounded once, and
-// exactly that number is subtracted, kept and reported: scores may be as large as float32 holds.
-template <int kTiles>
-SIMT_DEV float to_weights(float* s, int h, float scale_log2, float& m, float& sum) {
-  float top = s[2 * h];
-  SIMT_UNROLL
-  for (int n = 0; n < kTiles; ++n) top = fmaxf(top, fmaxf(s[4 * n + 2 * h], s[4 * n + 2 * h + 1]));
-  top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-  top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-  const float next = fmaxf(m, top * scale_log2), shrink = simt::ex2(m - next);
-  m = next;
-  float add = 0;
-  SIMT_UNROLL
-  for (int n = 0; n < kTiles; ++n) {
-    SIMT_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      float& weight = s[4 * n + 2 * h + e];
-      weight = simt::ex2(fmaf(weight, scale_log2, -next));
-      add += weight;
-    }
-  }
-  sum = sum * shrink + add;
-  return shrink;
-}
-
-// The first of a lane's two columns in fragment n of the output.
-template <class T>
-SIMT_DEV int column_of(int n, int lane) {
-  return sizeof(T) == 4 ? n / 2 * 16 + (lane & 3) * 4 + n % 2 * 2 : n * 8 + (lane & 3) * 2;
-}
-
-// Writes a row's share of a lane; `sum` is the lane's own.
-template <class T, int D, class Value>
-SIMT_DEV void write_row(const AttentionParams& p, const Place& at, const Piece& piece, int rows, int row,
-                        float m, float sum, const Value& value) {
-  const int lane = threadIdx.x & 31;
-  sum += __shfl_xor_sync(~0u, sum, 1);
-  sum += __shfl_xor_sync(~0u, sum, 2);
-  if (at.row + row >= SIMT_OFF(6, p.queries)) return;
-  const float inverse = 1 / sum, lse = m + log2f(sum);
-  if (piece.slot >= 0) {
-    const int64_t i = int64_t(piece.slot) * rows + row;
-    SIMT_UNROLL
-    for (int n = 0; n < D / 8; ++n) {
-      const float2 pair = {value(n, 0) * inverse, value(n, 1) * inverse};
-      *reinterpret_cast<float2*>(p.partial_out + i * D + column_of<T>(n, lane)) = pair;
-    }
-    if ((lane & 3) == 0) p.partial_lse[i] = lse;
-    return;
-  }
-  T* out = static_cast<T*>(p.out) + ((int64_t(at.b) * p.queries + at.row + row) * p.heads + at.h) * D;
-  SIMT_UNROLL
-  for (int n = 0; n < D / 8; ++n) {
-    const float2 pair = {value(n, 0) * inverse, value(n, 1) * inverse};
-    T* to = out + column_of<T>(n, lane);
-    if constexpr (sizeof(T) == 4)
-      *reinterpret_cast<float2*>(to) = pair;
-    else
-      *reinterpret_cast<uint32_t*>(to) = simt::Numeric<T>::pack(pair.x, pair.y);
-  }
-  if (p.lse && (lane & 3) == 0)
-    p.lse[(int64_t(at.b) * p.heads + at.h) * p.queries + at.row + row] = lse * kLn2;
-}
-
 // The kernel: see the top of this file.
 template <class T, int D, class Query>
 SIMT_DEV void attend(const AttentionParams& p, const Query& query) {
@@ -325,9 +223,9 @@ SIMT_DEV void attend(const AttentionParams& p, const Query& query) {
     // copy.
     auto start_copy = [&](int32_t step, bool values, int ahead) {
       int to = stage + ahead;
-      to = to >= SIMT_OFF(7, C::kStages) ? to - C::kStages : to;
-      if (step < SIMT_OFF(8, end)) load_keys<T, D>(p, b, h, step, values, ring + to * C::kTileBytes);
-      SIMT_SKIP(9, simt::cp_async_commit());
+      to = to >= SIMT_OFF(3, C::kStages) ? to - C::kStages : to;
+      if (step < SIMT_OFF(4, end)) load_keys<T, D>(p, b, h, step, values, ring + to * C::kTileBytes);
+      SIMT_SKIP(5, simt::cp_async_commit());
     };
     auto next_tile = [&] {
       const uint32_t tile = ring + stage * C::kTileBytes;
@@ -340,19 +238,19 @@ SIMT_DEV void attend(const AttentionParams& p, const Query& query) {
     SIMT_UNROLL
     for (int r = 0; r < C::kRowTiles; ++r) m[r][0] = m[r][1] = -INFINITY;
 
-    for (int32_t step = first; step < SIMT_OFF(10, end); ++step) {
+    for (int32_t step = first; step < SIMT_OFF(6, end); ++step) {
       // The products with the turned query ended before the last barrier.
       if (step == p.turned_steps) {
         p.schedule.piece(blockIdx.x, simt::opaque(n), piece);
         load_query<T, D>(p, place_of(p, piece.tile, C::kRows), query, false);
       }
-      SIMT_SKIP(11, simt::cp_async_wait<1>());
-      SIMT_SKIP(12, __syncthreads());
+      SIMT_SKIP(7, simt::cp_async_wait<1>());
+      SIMT_SKIP(8, __syncthreads());
       start_copy(step + 1, false, 2);
       float s[C::kRowTiles][C::kKeys / 8][4];
       scores<T, D>(s, smem, next_tile());
-      SIMT_SKIP(13, simt::cp_async_wait<1>());
-      SIMT_SKIP(14, __syncthreads());
+      SIMT_SKIP(9, simt::cp_async_wait<1>());
+      SIMT_SKIP(10, __syncthreads());
       start_copy(step + 1, true, 2);
       const Keys keys = keys_of<C::kKeys>(p, step);
       const int32_t left = p.segment[keys.segment].tokens - keys.first;
@@ -386,7 +284,7 @@ SIMT_DEV void attend(const AttentionParams& p, const Query& query) {
       }
     }
   }
-  SIMT_SKIP(15, simt::cp_async_wait<0>());  // of groups without a copy
+  SIMT_SKIP(11, simt::cp_async_wait<0>());  // of groups without a copy
 }
 
 }  // namespace echo::attention

@@ -1,6 +1,6 @@
 // Joins what several blocks found for the tiles they shared: a softmax over the parts' log-sum-exps.
 #pragma once
-#include "attention/attention_core.cuh"
+#include "attention/attention_tile.cuh"
 #include "simt/launch.h"
 
 namespace echo::attention {

@@ -5,9 +5,8 @@
 // A step of 128 queries and 176 keys at d = 128 takes the tensor cores 2816 cycles, its 22,528 exponentials
 // the special function units 1408, and 90,112 bytes from L2: 32 a cycle at the tensor cores' peak.
 #pragma once
-#include "attention/attention_core.cuh"
+#include "attention/attention_tile.cuh"
 #include "attention/stream_attention.cuh"
-#include "attention/stream_attention.h"
 #include "simt/simt_sm90.h"
 
 namespace echo::attention {
@@ -179,6 +178,7 @@ SIMT_DEV void consume(const StreamAttentionParams& p, uint32_t smem) {
     }
     start_scores(piece.begin);
     SIMT_SKIP(19, simt::wgmma_wait<0>());
+    simt::wgmma_pin(s);
     release(barriers.empty(false, stage_of<D>(count)));
     mask(piece.begin);
     SIMT_UNROLL
@@ -191,6 +191,7 @@ SIMT_DEV void consume(const StreamAttentionParams& p, uint32_t smem) {
       start_values(before);
       SIMT_SKIP(21, simt::bar_arrive(2 - group, 256));
       SIMT_SKIP(22, simt::wgmma_wait<1>());
+      simt::wgmma_pin(s);
       release(barriers.empty(false, stage_of<D>(count)));
       mask(step);
       float shrink[2];
@@ -199,6 +200,7 @@ SIMT_DEV void consume(const StreamAttentionParams& p, uint32_t smem) {
       // Without this store, which needs all weights, the compiler moves their computation below the wait.
       reinterpret_cast<float*>(simt::dyn_smem() + C::kHeld)[threadIdx.x] = sum[0] + sum[1];
       SIMT_SKIP(23, simt::wgmma_wait<0>());
+      simt::wgmma_pin(o);
       release(barriers.empty(true, stage_of<D>(before)));
       SIMT_UNROLL
       for (int i = 0; i < D / 2; ++i) o[i] *= shrink[i / 2 % 2];
@@ -207,6 +209,7 @@ SIMT_DEV void consume(const StreamAttentionParams& p, uint32_t smem) {
     release(barriers.query_empty());
     start_values(count);
     SIMT_SKIP(24, simt::wgmma_wait<0>());
+    simt::wgmma_pin(o);
     release(barriers.empty(true, stage_of<D>(count)));
     ++count;
     const Place at = place_of(p, piece.tile, C::kRows);

@@ -31,7 +31,7 @@ class Case(NamedTuple):
         return f"B{self.B}-Tq{self.Tq}-Tk{keys}-H{self.H}-d{self.d}-{self.shift or 'still'}-{self.processors}p"
 
 
-def inside(shape: tuple[int, int, int, int], layout: str) -> Tensor:
+def inside(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype, device: str = "cpu") -> Tensor:
     """A view ``(B, T, H, d)`` with a contiguous last dim, NaN all around it."""
     b, t, h, d = shape
     whole = {
@@ -40,7 +40,7 @@ def inside(shape: tuple[int, int, int, int], layout: str) -> Tensor:
         "heads first": (b, h, t + 3, d),
         "wide": (b, t, h + 1, d + 16),
     }[layout]
-    buffer = torch.full(whole, float("nan"))
+    buffer = torch.full(whole, float("nan"), dtype=dtype, device=device)
     if layout == "packed":
         return buffer[:, :t, 1]
     if layout == "heads first":
@@ -51,11 +51,11 @@ def inside(shape: tuple[int, int, int, int], layout: str) -> Tensor:
 LAYOUTS = ("ring", "packed", "heads first", "wide")
 
 
-def draw(case: Case, dtype: torch.dtype, layouts: Sequence[str] = LAYOUTS) -> dict[str, Any]:
+def draw(case: Case, dtype: torch.dtype, layouts: Sequence[str] = LAYOUTS, device: str = "cpu") -> dict[str, Any]:
     """Keyword arguments of the op. All scores are far below 0, the score of a key that isn't there."""
 
     def filled(tokens: int, layout: str, sign: int) -> Tensor:
-        x = inside((case.B, tokens, case.H, case.d), layout).to(dtype)
+        x = inside((case.B, tokens, case.H, case.d), layout, dtype, device)
         return x.copy_(sign * (torch.randn(x.shape).abs() + 0.5) if sign else torch.randn(x.shape))
 
     args: dict[str, Any] = {"q": filled(case.Tq, layouts[0], 1), "shift": None}
@@ -64,7 +64,7 @@ def draw(case: Case, dtype: torch.dtype, layouts: Sequence[str] = LAYOUTS) -> di
             args[tier] = filled(tokens, layout, -1), filled(tokens, layout, 0)
     if case.shift:
         ids = torch.arange(case.B if case.shift == "own" else 1) + 1
-        args["shift"] = frame_shift(ids, 0, case.d)
+        args["shift"] = frame_shift(ids, 0, case.d, device=device)
     return args
 
 
@@ -95,9 +95,9 @@ def positional(args: dict[str, Any]) -> tuple[Any, ...]:
     return q, args["shift"], *pairs, q.shape[-1] ** -0.5
 
 
-def check(backend: str, case: Case, dtype: torch.dtype, layouts: Sequence[str] = LAYOUTS) -> None:
+def check(backend: str, case: Case, dtype: torch.dtype, layouts: Sequence[str] = LAYOUTS, device: str = "cpu") -> None:
     """Run the op and hold output and LSE against the oracle, the error PyTorch makes being the budget."""
-    args = draw(case, dtype, layouts)
+    args = draw(case, dtype, layouts, device)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_native, "processors", lambda device: case.processors)
         out, lse = torch.ops.echo_ext.stream_attention(*positional(args), backend)

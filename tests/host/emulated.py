@@ -20,6 +20,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -127,6 +128,7 @@ def link(units: list[Unit], flags: list[str], name: str) -> Path:
     with open(folder / "lock", "w") as lock, ThreadPoolExecutor(_JOBS) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)  # processes that test in parallel build once
         objects = list(pool.map(lambda unit: _object(folder, *unit), units))
+        _forget_old(folder)
         target = folder / _digest(*map(str, objects), *flags) / name
         if not target.exists():
             target.parent.mkdir(exist_ok=True)
@@ -139,6 +141,7 @@ def _object(folder: Path, source: Path, flags: list[str]) -> Path:
     target = folder / f"{source.stem}-{_digest(*command, _text_with_includes(source))}.o"
     if not target.exists():
         _run([*command, "-c", str(source), "-o"], target)
+    target.touch()
     return target
 
 
@@ -182,6 +185,13 @@ def _cache() -> Path:
     if folder.stat().st_uid != os.getuid():
         raise RuntimeError(f"{folder} belongs to someone else; set TMPDIR")
     return folder
+
+
+def _forget_old(folder: Path) -> None:
+    """Delete objects that no build has used for a month."""
+    for path in folder.glob("*.o"):
+        if time.time() - path.stat().st_mtime > 30 * 86400:
+            path.unlink()
 
 
 def _load(library: Path, name: str) -> ModuleType:

@@ -53,6 +53,22 @@ static void store(float* out, int threads_each) { out[threadIdx.x / threads_each
 CASE(one_store_each, 128, 0, store, 1)
 CASE(two_threads_store_to_one_place, 128, 0, store, 2)
 
+static void pass_on(float* out, bool write_first) {
+  const int b = blockIdx.x;
+  out[b] = 1.f;
+  if (b) out[8] = out[write_first ? b : b - 1];
+}
+static simt::Result blocks(const simt::Config& config, bool own) {
+  float* out = static_cast<float*>(simt::guarded_alloc("out", 64, true));
+  const simt::Result result = simt::launch(config, dim3(2), dim3(1), 0, pass_on, out, own);
+  simt::guarded_free(out);
+  return result;
+}
+static const Register own_store("a_block_reads_what_it_stored",
+                                [](const simt::Config& c) { return blocks(c, true); });
+static const Register other_store("a_block_reads_what_another_stored",
+                                  [](const simt::Config& c) { return blocks(c, false); });
+
 static void early_exit(float* out) {
   const int t = threadIdx.x;
   if (t >= 100) return;

@@ -45,19 +45,35 @@ std::vector<Buffer>& all() {
 }
 
 constexpr size_t kPage = 4096;
+
+// Blocks run one after another here and in no order on a GPU, so what another block stored in this launch is
+// not there.
+bool is_ordered(const Buffer& b, uptr p, size_t bytes, void* pc) {
+  if (!b.writable || !block->config.race) return true;
+  for (size_t i = (p - b.lo) / kGranule; i <= (p + bytes - 1 - b.lo) / kGranule; ++i) {
+    const u64 owner = b.owner[i];
+    if (!owner || (owner - 1) / u64(block->threads) == block->linear) continue;
+    report(pc, nullptr, "%s reads %s+%zu, stored by block %u of the same launch", who(block->current).c_str(),
+           b.name.c_str(), i * kGranule, u32((owner - 1) / u64(block->threads)));
+    return false;
+  }
+  return true;
+}
 }  // namespace
 
 bool global_ok(uptr p, size_t bytes, bool write, void* pc) {
   static __thread size_t last __attribute__((tls_model("initial-exec"))) = 0;
   std::vector<Buffer>& known = all();
-  if (last < known.size() && known[last].contains(p, bytes) && (!write || known[last].writable)) return true;
+  if (last < known.size() && known[last].contains(p, bytes) && (!write || known[last].writable))
+    return write || is_ordered(known[last], p, bytes, pc);
   const Buffer *near = nullptr, *read_only = nullptr;
   uptr distance = 65536;
   for (size_t i = 0; i < known.size(); ++i) {
     const Buffer& b = known[i];
     if (b.contains(p, bytes)) {
       last = i;
-      if (!write || b.writable) return true;
+      if (!write) return is_ordered(b, p, bytes, pc);
+      if (b.writable) return true;
       read_only = &b;
     }
     const uptr d = p < b.lo ? b.lo - p : p + bytes > b.hi ? p + bytes - b.hi : 0;

@@ -43,6 +43,6 @@ inline uint16_t f16_bits(float x) {
 
 inline uint32_t round_tf32(float x) {
   const uint32_t bits = bits_of_float(x);
-  return (bits & 0x7f800000) == 0x7f800000 ? bits & (x != x ? 0x7fffffff : ~0u) : (bits + 0x1000) & ~0x1fffu;
+  return (bits & 0x7f800000) == 0x7f800000 ? bits : (bits + 0x1000) & ~0x1fffu;
 }
 }  // namespace simt
