@@ -46,7 +46,7 @@ class FlowTraining:
         entry_share: share of the other batches that are of clips with a first sight in the same, graded, block.
         reappear_weight: weight of blocks in which objects come back; only memory can lower their loss.
         object_weight: extra weight of the latents that objects cover, a few in a hundred; where it is uncertain
-            whether one shows, it makes the model believe in it sooner.
+            whether one shows, it makes the model believe in it sooner. Falls to nothing over the run.
         reappear_noise: least ``u`` (noise level before the shift) in those blocks, and in half of first sights.
         shift: of the training noise levels.
         context_noise: largest standard deviation of noise on the clean latents that a context pass caches.
@@ -199,14 +199,15 @@ class FlowTrainer(Trainer):
         s = self.settings
         if not s.graded:
             return torch.randint(len(self.clips), (s.batch,), generator=generator), list(range(s.blocks))
-        chosen, pool = [], torch.arange(len(self.clips))
+        chosen, pool, end = [], torch.arange(len(self.clips)), s.blocks
         for share, marks in ((s.reappear_share, self.clips.reappear), (s.entry_share, self.clips.first_open)):
             if torch.rand((), generator=generator) < share and (marks := marks[:, : s.blocks]).any():
                 rows, blocks = marks.nonzero(as_tuple=True)
                 block = blocks[torch.randint(len(blocks), (), generator=generator)]
                 chosen, pool = [int(block)], rows[blocks == block]
+                end = min(s.blocks, int(block) + 3)  # a step costs what the blocks up to its last graded one cost
                 break
-        others = torch.randperm(s.blocks, generator=generator).tolist()
+        others = torch.randperm(end, generator=generator).tolist()
         chosen += [block for block in others if block not in chosen][: s.graded - len(chosen)]
         return pool[torch.randint(len(pool), (s.batch,), generator=generator)], sorted(chosen)
 
@@ -261,7 +262,7 @@ class FlowTrainer(Trainer):
                 if not own:
                     square = (flow - (noise - x0)).square()
                     if s.object_weight:
-                        share = 1 + s.object_weight * object_share(x0)
+                        share = 1 + s.object_weight * (1 - self.step / s.steps) * object_share(x0)
                         square = square * (share / share.mean(dim=(1, 2, 3, 4), keepdim=True))
                     losses.append(square.mean(dim=(1, 2, 3, 4)))
                     weights.append(torch.where(again, s.reappear_weight, 1.0))
