@@ -126,7 +126,7 @@ def test_what_the_kernel_cannot_take_is_left_to_pytorch(change, reason, emulated
     assert emulated.counters().launches == 0
 
 
-@pytest.mark.parametrize(("width", "reason"), [(12, "is 12, no multiple of 8"), (16392, "wider than 32768 bytes")])
+@pytest.mark.parametrize(("width", "reason"), [(12, "is 12, no multiple of 8"), (12296, "wider than 24576 bytes")])
 def test_widths_the_kernel_cannot_take(width, reason, emulated):
     t = make((1, 1, 1, width), torch.bfloat16)
     with pytest.raises(RuntimeError, match=reason):

@@ -193,7 +193,7 @@ def test_what_the_kernel_cannot_take_is_appended_by_pytorch(change, reason, emul
         ((1, 1, 1, 1, 2, 6), torch.float32, "head dim 6 is no multiple of 4"),
         ((1, 1, 1, 1, 2, 12), torch.float16, "head dim 12 is no multiple of 8"),
         ((1, 1, 1, 1, 2, 16), torch.float64, "dtype torch.float64 is not built"),
-        ((1, 1, 1, 1, 129, 128), torch.bfloat16, "129 heads of 128 torch.bfloat16 are wider than 32768 bytes"),
+        ((1, 1, 1, 1, 97, 128), torch.bfloat16, "97 heads of 128 torch.bfloat16 are wider than 24576 bytes"),
     ],
 )
 def test_shapes_and_dtypes_the_kernel_cannot_take(shape, dtype, reason, emulated):

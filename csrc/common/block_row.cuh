@@ -5,7 +5,7 @@
 
 namespace echo {
 inline constexpr int kRowVectors = 2;
-inline constexpr int kRowThreads = 1024;  // at most
+inline constexpr int kRowThreads = 768;  // at most: more would leave a thread too few registers
 
 // Threads for a row of so many vectors of 16 bytes; more than kRowThreads where it is too wide.
 inline int64_t row_threads(int64_t vectors) {

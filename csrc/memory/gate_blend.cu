@@ -7,11 +7,11 @@ namespace {
 template <class S, class W>
 void launch(const GateBlendParams& p, simt::Stream stream) {
   using C = GateTile<S, W>;
-  const int64_t rows = p.batch * p.tokens;
-  ECHO_CHECK(rows <= INT32_MAX - C::kTokens, "state has too many tokens for one launch: ", rows);
+  ECHO_CHECK(p.tokens <= INT32_MAX - C::kTokens, "state has too many tokens for one launch: ", p.tokens);
   ECHO_CHECK(p.width <= UINT16_MAX * int64_t(C::kChannels), "state is too wide: ", p.width);
-  const dim3 grid(unsigned((rows + C::kTokens - 1) / C::kTokens),
-                  unsigned((p.width + C::kChannels - 1) / C::kChannels));
+  ECHO_CHECK(p.batch <= UINT16_MAX, "state has a batch of ", p.batch, ", at most ", UINT16_MAX, " are built");
+  const dim3 grid(unsigned((p.tokens + C::kTokens - 1) / C::kTokens),
+                  unsigned((p.width + C::kChannels - 1) / C::kChannels), unsigned(p.batch));
   simt::launch_kernel(gate_blend_fwd_kernel<S, W>, grid, dim3(C::kThreads), C::kSmemBytes, stream, p);
 }
 }  // namespace

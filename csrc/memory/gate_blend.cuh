@@ -28,26 +28,20 @@ struct GateTile {
   }
 };
 
-// Where a token's row starts: rows count through the batch.
-template <class S>
-SIMT_DEV const S* gate_row(const void* base, const int64_t (&stride)[2], int row, int tokens) {
-  const int batch = row / tokens;
-  return static_cast<const S*>(base) + batch * stride[0] + (row - batch * tokens) * stride[1];
-}
-
-// Copies 128 rows of kRowBytes to shared memory; what is past the last row or the end of a row becomes zero.
-// `row_at` names the row's first element, `first` the column where the tile starts.
-template <class C, int kRowBytes, class T, class RowAt>
-SIMT_DEV void load_gate_tile(uint32_t to, const RowAt& row_at, int first_row, int rows, int first,
+// Copies 128 rows of kRowBytes to shared memory, from `first_row` of `rows` and column `first` of `width` on;
+// what is past either end becomes zero.
+template <class C, int kRowBytes, class T>
+SIMT_DEV void load_gate_tile(uint32_t to, const T* from, int64_t stride, int first_row, int rows, int first,
                              int width) {
   constexpr int kChunks = kRowBytes / 16, kRowsAPass = C::kThreads / kChunks;
   const int chunk = threadIdx.x % kChunks, column = first + chunk * simt::kPer16Bytes<T>;
+  const bool inside = column < SIMT_OFF(1, width);
   SIMT_UNROLL
   for (int i = 0; i < 128; i += kRowsAPass) {
     const int row = i + int(threadIdx.x) / kChunks;
-    const bool there = first_row + row < SIMT_OFF(1, rows) && column < SIMT_OFF(2, width);
-    const T* from = row_at(there ? first_row + row : 0) + (there ? column : 0);
-    simt::cp_async16(to + C::template offset<kRowBytes>(row, chunk), from, there);
+    simt::cp_async16(to + C::template offset<kRowBytes>(row, chunk),
+                     from + (first_row + row) * stride + column,
+                     inside && first_row + row < SIMT_OFF(2, rows));
   }
 }
 
@@ -127,18 +121,21 @@ SIMT_DEV void load_few(float (&out)[N], const T* p) {
 // Turns N neighbouring logits of a token into the blend. A gate of exactly 1 keeps the state's bits, of 0 the
 // proposal's.
 template <class S, class W, int N>
-SIMT_DEV void blend(const GateBlendParams& p, int row, int channel, const float (&logit)[N]) {
-  if (row >= SIMT_OFF(3, int(p.batch * p.tokens)) || channel >= SIMT_OFF(4, int(p.width))) return;
+SIMT_DEV void blend(const GateBlendParams& p, int token, int channel, const float (&logit)[N]) {
+  if (token >= SIMT_OFF(3, int(p.tokens)) || channel >= SIMT_OFF(4, int(p.width))) return;
+  const int64_t batch = blockIdx.z;
   float bias[N], state[N], proposal[N], out[N];
   load_few(bias, static_cast<const W*>(p.bias) + channel);
-  load_few(state, gate_row<S>(p.state, p.state_stride, row, int(p.tokens)) + channel);
-  load_few(proposal, gate_row<S>(p.proposal, p.proposal_stride, row, int(p.tokens)) + channel);
+  load_few(state,
+           static_cast<const S*>(p.state) + batch * p.state_stride[0] + token * p.state_stride[1] + channel);
+  load_few(proposal, static_cast<const S*>(p.proposal) + batch * p.proposal_stride[0] +
+                         token * p.proposal_stride[1] + channel);
   SIMT_UNROLL
   for (int i = 0; i < N; ++i) {
     const float g = 1 / (1 + simt::ex2(-1.44269504f * (logit[i] + bias[i])));
     out[i] = fmaf(g, state[i], fmaf(-g, proposal[i], proposal[i]));
   }
-  S* to = static_cast<S*>(p.out) + int64_t(row) * p.width + channel;
+  S* to = static_cast<S*>(p.out) + (batch * p.tokens + token) * p.width + channel;
   if constexpr (N == 2 && sizeof(S) == 2)
     *reinterpret_cast<uint32_t*>(to) = simt::Numeric<S>::pack(out[0], out[1]);
   else
@@ -150,7 +147,8 @@ SIMT_GLOBAL void SIMT_BOUNDS(256, 2) gate_blend_fwd_kernel(const GateBlendParams
   using C = GateTile<S, W>;
   const uint32_t smem = simt::smem_addr(simt::dyn_smem());
   const int first_token = blockIdx.x * C::kTokens, first_channel = blockIdx.y * C::kChannels;
-  const int rows = int(p.batch * p.tokens), width = int(p.width), tokens = int(p.tokens);
+  const int64_t batch = blockIdx.z;
+  const int tokens = int(p.tokens), width = int(p.width);
   const int half = (width + C::kDepth - 1) / C::kDepth, steps = 2 * half;  // of state, then of proposal
 
   auto start_copy = [&](int step) {
@@ -158,16 +156,13 @@ SIMT_GLOBAL void SIMT_BOUNDS(256, 2) gate_blend_fwd_kernel(const GateBlendParams
       const uint32_t to = smem + step % C::kStages * C::kStageBytes;
       const bool second = step >= SIMT_OFF(5, half);
       const int first = (second ? step - half : step) * C::kDepth;
-      const auto token_at = [&](int row) {
-        return second ? gate_row<S>(p.proposal, p.proposal_stride, row, tokens)
-                      : gate_row<S>(p.state, p.state_stride, row, tokens);
-      };
-      const auto weight_at = [&](int row) {
-        return static_cast<const W*>(p.weight) + row * p.weight_stride + (second ? width : 0);
-      };
-      load_gate_tile<C, C::kTokenBytes, S>(to, token_at, first_token, rows, first, width);
-      load_gate_tile<C, C::kWeightBytes, W>(to + C::kTokens * C::kTokenBytes, weight_at, first_channel, width,
-                                            first, width);
+      const int64_t stride = second ? p.proposal_stride[1] : p.state_stride[1];
+      const S* rows = static_cast<const S*>(second ? p.proposal : p.state) +
+                      batch * (second ? p.proposal_stride[0] : p.state_stride[0]);
+      const W* weight = static_cast<const W*>(p.weight) + (second ? width : 0);
+      load_gate_tile<C, C::kTokenBytes>(to, rows, stride, first_token, tokens, first, width);
+      load_gate_tile<C, C::kWeightBytes>(to + C::kTokens * C::kTokenBytes, weight, p.weight_stride,
+                                         first_channel, width, first, width);
     }
     simt::cp_async_commit();  // no mutant: a group more or less moves every wait
   };
