@@ -54,7 +54,7 @@ class Generator:
 
     def _weights_version(self) -> int:
         """Counts in-place updates, as an optimiser or ``load_state_dict`` makes them to every weight."""
-        return self._head.weight._version
+        return 0 if self._head.weight.is_inference() else self._head.weight._version
 
 
 def _thawed(memory: MemoryConfig | None) -> MemoryConfig | None:
