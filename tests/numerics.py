@@ -16,6 +16,9 @@ _GOLDEN = {"value": 2e-5, "residual_sink_anchor": 5e-5, "gradient": 1e-5}
 # A codec fed chunk by chunk against the whole video at once: same sums, other shapes, so other summation orders.
 STREAM_TOLERANCE = 1e-5
 
+# Float32 sums and ex2 of an instruction, whose order and rounding the hardware chooses; of the largest value.
+_INSTRUCTION = 1e-5
+
 
 def assert_no_worse_than(actual: Tensor, budget: Tensor, oracle: Tensor, *, factor: float = 2.0) -> None:
     """Check that ``actual`` (kernel) errs at most ``factor`` times what ``budget`` (PyTorch, same dtype) does.
@@ -47,6 +50,12 @@ def assert_stream_equal(actual: Tensor, expected: Tensor) -> None:
     """Check what came out chunk by chunk against the whole at once."""
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, whole {tuple(expected.shape)}"
     _assert_within(actual, expected, STREAM_TOLERANCE)
+
+
+def assert_sum_equal(actual: Tensor, expected: Tensor) -> None:
+    """Check what a tensor core or the special function unit computed against exact arithmetic, rounded once."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    _assert_within(actual, expected, _INSTRUCTION * _max_abs(expected))
 
 
 def assert_same_bits(actual: Any, expected: Any, where: str = "") -> None:
