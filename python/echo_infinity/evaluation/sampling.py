@@ -80,7 +80,7 @@ class Rollout:
     def next_block(self) -> tuple[Tensor, Tensor]:
         """Generate a block: latents ``(B, F, C, h, w)`` and frames ``(B, N, 3, H, W)`` uint8."""
         latents = self.sampler.next_block()
-        return latents, self._decode(latents)
+        return latents, self.decode(latents)
 
     @torch.inference_mode()
     def observe(self, latents: Tensor) -> None:
@@ -109,7 +109,9 @@ class Rollout:
     def _text(self, prompts: Sequence[str]) -> list[KV]:
         return self.checkpoint.model.encode_text(self.checkpoint.text.encode(list(prompts)))
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the frames ``(B, N, 3, H, W)`` uint8 of a generated block; each block once, in order."""
         pixels, self._decoder = self.checkpoint.codec.decode(latents, self._decoder)
         return to_uint8(pixels)
 
