@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from echo_infinity.codec import to_uint8, to_unit
 from echo_infinity.noise import counter_noise
+from echo_infinity.recall import StreamMemory
 from echo_infinity.sampler import BlockSampler, Generator
 from echo_infinity.weights import Checkpoint, load_checkpoint
 from echo_infinity.worlds import COLOUR_NAMES, World, block_start, nearest_colour
@@ -114,9 +115,9 @@ def reopening(
     sampler = BlockSampler(generator, text, counter_noise(noise_seed), len(worlds))
     for block in range(blocks):
         sampler.observe(latents[:, block * per : (block + 1) * per])
-    if sampler.memory is not None and mode == "swapped":
+    if isinstance(sampler.memory, StreamMemory) and mode == "swapped":
         sampler.memory.replace(sampler.memory.state.roll(1, dims=1))
-    if sampler.memory is not None and mode == "frozen":
+    if isinstance(sampler.memory, StreamMemory) and mode == "frozen":
         sampler.memory.replace(sampler.memory.module.start(len(worlds)))
     state = checkpoint.codec.decode(latents)[1]
     return to_uint8(checkpoint.codec.decode(sampler.next_block(), state)[0])
