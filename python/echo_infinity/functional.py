@@ -62,6 +62,16 @@ class FunctionalKV:
         last = first + call.slots.evicted.frames
         return [self._slice(held, first, last)] if last > first else []
 
+    def held(self, frames: range) -> list[KV]:
+        """Every layer's K (rotated by absolute ids) and V of ``frames``, which the cache must hold."""
+        pairs = []
+        for layer in self._held:
+            assert layer is not None
+            first, t = layer.frames.index(frames.start), self.tokens_per_frame
+            part = layer.part(first, first + len(frames), t)
+            pairs.append((part.k, part.v))
+        return pairs
+
     def sink(self) -> KV:
         """Last layer's K and V of the sink frames."""
         held = self._held[-1]

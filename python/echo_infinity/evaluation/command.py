@@ -23,7 +23,7 @@ from echo_infinity.evaluation.perceptual import Perceptual, PerceptualTest
 from echo_infinity.evaluation.prompt import Prompt, PromptTest
 from echo_infinity.evaluation.real import load_reference, real_clips, real_worlds
 from echo_infinity.evaluation.recall import MODES, Recall, RecallTest
-from echo_infinity.evaluation.sampling import POLICIES
+from echo_infinity.policies import POLICIES, find_policy
 from echo_infinity.weights import Checkpoint, load_checkpoint
 from echo_infinity.worlds.grammar import parse
 
@@ -81,9 +81,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure_all(args: argparse.Namespace, measures: list[str]) -> None:
     checkpoint = load_checkpoint(args.model, dtype=getattr(torch, args.dtype), device=args.device)
-    policies = args.policy or ["evolving" if checkpoint.memory is not None else "sink-window"]
-    if unknown := [p for p in policies if p not in POLICIES]:
-        raise ValueError(f"policies are {', '.join(POLICIES)}, got {', '.join(unknown)}")
+    config = checkpoint.config
+    policies = args.policy or ["sink" if (config.policy, checkpoint.memory) == ("evolving", None) else config.policy]
+    for policy in policies:
+        find_policy(policy)
     if args.name and len(policies) > 1:
         raise ValueError(f"--name names one run, got policies {', '.join(policies)}: leave one of them out")
     for policy in policies:
@@ -96,7 +97,7 @@ def _measure(args: argparse.Namespace, checkpoint: Checkpoint, policy: str, fold
     if args.restart:
         _forget(folder, measure)
     with _bar(args, f"{folder.name}: {measure}") as bar:
-        test, judge, more = _judge(args, checkpoint, policy, folder, measure, bar.update)
+        test, judge, more = _make(args, checkpoint, policy, folder, measure, bar.update)
         settings = {
             "model": args.model,
             "policy": policy,
@@ -105,12 +106,13 @@ def _measure(args: argparse.Namespace, checkpoint: Checkpoint, policy: str, fold
             **test.settings(),
             **more,
         }
+        _check_length(checkpoint, policy, measure, judge.blocks())
         journal = Journal(folder / f"{measure}.jsonl", settings)
         bar.reset(judge.steps())
         judge.run(journal, bar.update)
 
 
-def _judge(
+def _make(
     args: argparse.Namespace,
     checkpoint: Checkpoint,
     policy: str,
@@ -140,6 +142,15 @@ def _judge(
     reference = None if path is None else load_reference(path)
     judge = Drift(checkpoint, policy, test, reference, folder)
     return test, judge, {"reference": None if path is None else path.name}
+
+
+def _check_length(checkpoint: Checkpoint, policy: str, measure: str, blocks: int) -> None:
+    limit = find_policy(policy).max_frames(checkpoint.config)
+    frames = blocks * checkpoint.config.window.frames_per_block
+    if limit is not None and frames > limit:
+        raise ValueError(
+            f"{measure} needs streams of {frames} latent frames, policy {policy} can hold {limit}: ask for shorter ones"
+        )
 
 
 def _reference(

@@ -69,6 +69,11 @@ class Timing:
         """How often :meth:`run` reports progress: once a block."""
         return self.test.blocks
 
+    def blocks(self) -> int:
+        """Blocks of the stream, those that fill the window among them."""
+        w = self.checkpoint.config.window
+        return self.test.blocks + w.window_frames // w.frames_per_block + 4
+
     def run(self, journal: Journal, progress: Callable[[int], None]) -> None:
         """Time the blocks, unless the journal has a row of this machine and number of blocks."""
         machine = self._machine()
@@ -76,8 +81,7 @@ class Timing:
             progress(self.test.blocks)
             return
         rollout = Rollout(self.checkpoint, self.policy, [self.test.prompt], [0])
-        w = self.checkpoint.config.window
-        for _ in range(w.window_frames // w.frames_per_block + 4):
+        for _ in range(self.blocks() - self.test.blocks):
             rollout.next_block()
         generate, both, frames = [], [], 0
         for _ in range(self.test.blocks):

@@ -105,6 +105,10 @@ class Drift:
         """How often :meth:`run` reports progress: once a block of every batch of streams."""
         return len(self._groups()) * self.test.minutes * self.per_minute
 
+    def blocks(self) -> int:
+        """Blocks of the longest stream."""
+        return self.test.minutes * self.per_minute
+
     def run(self, journal: Journal, progress: Callable[[int], None]) -> None:
         """Generate and measure what the journal lacks.
 
@@ -244,7 +248,8 @@ def score(rows: Iterable[Row], prompts: Sequence[str], reference: Reference | No
     if not streams:
         raise ValueError("no minute has been measured yet")
     failed = {row["stream"]: row["failed"] for row in rows if row.get("failed")}
-    by_stream = {i: sorted((r for r in rows if r["stream"] == i and not r.get("failed")), key=_minute_of) for i in streams}
+    finite = sorted((row for row in rows if not row.get("failed")), key=_minute_of)
+    by_stream = {i: [row for row in finite if row["stream"] == i] for i in streams}
     minutes = min((len(x) for x in by_stream.values() if x), default=0)
     alive = [i for i in streams if by_stream[i]]
     real = {i: (reference or {}).get(prompts[i % len(prompts)], (reference or {}).get(ANY)) for i in streams}
@@ -300,14 +305,15 @@ def _trend(name: str, series: np.ndarray, real: Sequence[Real | None]) -> Trend:
     hours = (np.arange(series.shape[1]) + 0.5) / 60
     edges = np.array([_edges(x) for x in series])
     if name == "distance":
-        levels = [np.mean(r.own_distances()) for r in real if r is not None]
+        levels = [float(np.mean(r.own_distances())) for r in real if r is not None]
     else:
         levels = [r.levels[name] for r in real if r is not None]
-    ends = [None, None]
-    if len(hours) >= 120:
-        ends = [drift_slope(hours[part_], series[:, part_]) for part_ in (slice(0, 60), slice(-60, None))]
     mean_real = float(np.mean(levels)) if levels else float("nan")
-    return Trend(name, edges[:, 0].mean(), edges[:, 1].mean(), mean_real, drift_slope(hours, series), *ends)
+    first = last = None
+    if len(hours) >= 120:
+        first, last = (drift_slope(hours[span], series[:, span]) for span in (slice(0, 60), slice(-60, None)))
+    start, end = (float(x) for x in edges.mean(0))
+    return Trend(name, start, end, mean_real, drift_slope(hours, series), first, last)
 
 
 def _edges(x: np.ndarray) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def why_not() -> str | None:
     missing = [name for name in ("vbench", "lpips") if importlib.util.find_spec(name) is None]
     if not missing:
         return None
-    return f"{' and '.join(missing)} not installed: pip install {' '.join(missing)} (their weights are downloaded apart)"
+    return f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}; their weights are downloaded apart"
 
 
 class Perceptual:
@@ -90,6 +91,11 @@ class Perceptual:
         """How often :meth:`run` reports progress: once a clip and once a start."""
         return len(self.starts) * (len(self.test.prompts) + 1)
 
+    def blocks(self) -> int:
+        """Blocks of the longest stream."""
+        c = self.checkpoint.config
+        return math.ceil(60 * self.test.minutes * c.fps / (4 * c.window.frames_per_block)) + 1
+
     def run(self, journal: Journal, progress: Callable[[int], None]) -> None:
         """Cut the clips that are not there and measure the starts that the journal lacks.
 
@@ -109,7 +115,8 @@ class Perceptual:
         if all(path.is_file() for path in paths):
             progress(len(paths))
             return
-        rollout, fps = Rollout(self.checkpoint, self.policy, [prompt], [self.test.seed + number]), self.checkpoint.config.fps
+        rollout = Rollout(self.checkpoint, self.policy, [prompt], [self.test.seed + number])
+        fps = self.checkpoint.config.fps
         frames: Tensor = torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
         first = 0  # number of frames[0] in the video
         for start, path in zip(self.starts, paths, strict=True):

@@ -52,7 +52,7 @@ def _recall(runs: Sequence[Run], path: Path) -> None:
         absences = sorted({c.absence for cells in found.values() for c in cells if c.mode == mode and c.absence})
         for i, (name, cells) in enumerate(found.items()):
             some = [cell for cell in cells if cell.mode == mode and cell.absence]
-            x = [absences.index(cell.absence) + (i - (len(found) - 1) / 2) * 0.8 / len(found) for cell in some]
+            x = [absences.index(cell.absence or 0) + (i - (len(found) - 1) / 2) * 0.8 / len(found) for cell in some]
             y = [cell.colour.share for cell in some]
             spread = [[s - c.colour.interval[0] for s, c in zip(y, some, strict=True)]]
             spread.append([c.colour.interval[1] - s for s, c in zip(y, some, strict=True)])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from echo_infinity.evaluation.journal import Journal, Row
@@ -114,6 +114,11 @@ class Prompt:
         """How often :meth:`run` reports progress: once a control and once a rollout."""
         return 3 * self.test.rollouts
 
+    def blocks(self) -> int:
+        """Blocks of the longest stream."""
+        c = self.checkpoint.config
+        return math.ceil(2 * self.test.seconds * c.fps / (4 * c.window.frames_per_block)) + 1
+
     def run(self, journal: Journal, progress: Callable[[int], None]) -> None:
         """Measure what the journal lacks.
 
@@ -175,9 +180,9 @@ class Prompt:
         fps, kept = self.checkpoint.config.fps, []
         while (begins := block_start(rollout.sampler.block)) < end * fps:
             frames = rollout.next_block()[1].cpu()
-            for i in range(frames.shape[1]):
-                if begins + i >= first * fps and (begins + i) % _EVERY == 0:
-                    kept.append(((begins + i) / fps, frames[:, i]))
+            numbers = range(begins, begins + frames.shape[1])
+            wanted = [n for n in numbers if n >= first * fps and n % _EVERY == 0]
+            kept += [(n / fps, frames[:, n - begins]) for n in wanted]
         return kept
 
 

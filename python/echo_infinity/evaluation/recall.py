@@ -114,6 +114,11 @@ class Recall:
         """How often :meth:`run` reports progress: once a rollout."""
         return len(list(self._cells())) * self.test.rollouts
 
+    def blocks(self) -> int:
+        """Blocks of the longest stream."""
+        shown = 2 + self.test.sight + self._blocks(max(self.test.absences))
+        return max(shown, FREE_BLOCKS if "free" in self.test.modes else 0)
+
     def run(self, journal: Journal, progress: Progress) -> None:
         """Measure what the journal lacks.
 
@@ -144,12 +149,8 @@ class Recall:
 
     def _control(self, mode: str, number: int) -> Row:
         scene = self._scene(number)
-        if mode == "chance":
-            video = self._scene((number + 1) % self.test.rollouts).reopening()
-        else:
-            video = scene.reopening()
-        if mode == "codec":
-            video = self._through_codec(scene)
+        shown = self._scene((number + 1) % self.test.rollouts) if mode == "chance" else scene
+        video = self._through_codec(scene) if mode == "codec" else shown.reopening()
         return _row(number, scene.seed, scene.question, judge_return(scene.question, [video[i] for i in JUDGED]))
 
     @torch.inference_mode()
@@ -341,6 +342,10 @@ def _row(number: int, seed: int, question: Question | None, answer: Answer | Non
 
 def _swap_memories(rollout: Rollout) -> None:
     memory = rollout.sampler.memory
-    if memory is None:
+    kept = {} if memory is None else memory.tensors()
+    if memory is None or not any(x.ndim for x in kept.values()):
         raise ValueError("recall mode 'swapped' swaps memories, and this policy has none: leave it out")
-    memory.replace(memory.state.roll(1, dims=1))
+    # Evictions that wait to be written are (B, ..), states (groups or layers, B, ..), counters numbers.
+    memory.load_tensors(
+        {name: x.roll(1, 0 if name.startswith("pending.") else 1) if x.ndim else x for name, x in kept.items()}
+    )

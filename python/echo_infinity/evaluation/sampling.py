@@ -1,62 +1,17 @@
-"""Streams to be judged: any policy behind one function, with their decoder, and a state to go on from."""
+"""Streams to be judged: under any policy, with their decoder, and a state to go on from."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from echo_infinity.cache import KV
 from echo_infinity.codec import State, to_uint8
-from echo_infinity.memory import EvolvingMemory
 from echo_infinity.noise import Noise, counter_noise
-from echo_infinity.sampler import BlockSampler, Generator
+from echo_infinity.policies import make_sampler
 from echo_infinity.weights import Checkpoint
-
-
-def _off(memory: EvolvingMemory | None) -> None:
-    return None
-
-
-def _frozen(memory: EvolvingMemory | None) -> EvolvingMemory:
-    kept = copy.copy(_evolving(memory))
-    kept.config = replace(kept.config, frozen=True)
-    return kept
-
-
-def _evolving(memory: EvolvingMemory | None) -> EvolvingMemory:
-    if memory is None:
-        raise ValueError("the model has no memory: choose policy sink-window")
-    return memory
-
-
-POLICIES: dict[str, Callable[[EvolvingMemory | None], EvolvingMemory | None]] = {
-    "evolving": _evolving,
-    "frozen": _frozen,
-    "sink-window": _off,
-}
-
-
-def make_sampler(checkpoint: Checkpoint, policy: str, text: list[KV], noise: Noise, batch: int = 1) -> BlockSampler:
-    """Start streams side by side under a policy: what happens to an evicted frame, and what attention sees.
-
-    Args:
-        checkpoint: the model.
-        policy: a name in ``POLICIES``.
-        text: per layer K/V of the prompts.
-        noise: where noise comes from.
-        batch: ``B``.
-
-    Raises:
-        ValueError: unknown policy, or one that the model can't follow.
-    """
-    if policy not in POLICIES:
-        raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
-    memory = POLICIES[policy](checkpoint.memory)
-    return BlockSampler(Generator(checkpoint.config, checkpoint.model, memory), text, noise, batch)
 
 
 class Rollout:
@@ -66,7 +21,7 @@ class Rollout:
 
     Args:
         checkpoint: the model.
-        policy: a name in ``POLICIES``.
+        policy: a name in ``echo_infinity.policies.POLICIES``.
         prompts: one a stream.
         seeds: one a stream.
     """

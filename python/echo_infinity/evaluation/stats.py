@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,7 +88,7 @@ def drift_slope(times: np.ndarray, values: np.ndarray, *, draws: int = 1000, see
     drawn = []
     for _ in range(draws):
         picked = []
-        for stream in rng.integers(streams, size=streams):
+        for stream in rng.integers(streams, size=streams).tolist():
             starts = rng.integers(n - run + 1, size=-(-n // run))
             index = (starts[:, None] + np.arange(run)).ravel()[:n]
             picked.append(slopes[stream][np.ix_(index, index)].ravel())
@@ -107,5 +108,5 @@ def _thin(times: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
     if n <= _POINTS:
         return times, values
     edges = np.linspace(0, n, _POINTS + 1).round().astype(int)
-    parts = list(zip(edges[:-1], edges[1:], strict=True))
+    parts = list(itertools.pairwise(edges))
     return np.array([times[a:b].mean() for a, b in parts]), np.stack([values[:, a:b].mean(1) for a, b in parts], 1)
