@@ -88,7 +88,7 @@ def drift_slope(times: np.ndarray, values: np.ndarray, *, draws: int = 1000, see
     drawn = []
     for _ in range(draws):
         picked = []
-        for stream in rng.integers(streams, size=streams).tolist():
+        for stream in np.atleast_1d(rng.integers(streams, size=streams)):
             starts = rng.integers(n - run + 1, size=-(-n // run))
             index = (starts[:, None] + np.arange(run)).ravel()[:n]
             picked.append(slopes[stream][np.ix_(index, index)].ravel())
