@@ -97,51 +97,44 @@ def _measure(args: argparse.Namespace, checkpoint: Checkpoint, policy: str, fold
     if args.restart:
         _forget(folder, measure)
     with _bar(args, f"{folder.name}: {measure}") as bar:
-        test, judge, more = _make(args, checkpoint, policy, folder, measure, bar.update)
+        test, judge = _make(args, checkpoint, policy, folder, measure)
+        _check_length(checkpoint, policy, measure, judge.blocks())
         settings = {
             "model": args.model,
             "policy": policy,
             "fingerprint": checkpoint.fingerprint,
             "dtype": args.dtype,
             **test.settings(),
-            **more,
         }
-        _check_length(checkpoint, policy, measure, judge.blocks())
+        if isinstance(judge, Drift):
+            path = _reference(args, checkpoint, judge.test, bar.update)
+            settings["reference"] = None if path is None else path.name
+            judge.reference = {} if path is None else load_reference(path)
         journal = Journal(folder / f"{measure}.jsonl", settings)
         bar.reset(judge.steps())
         judge.run(journal, bar.update)
 
 
-def _make(
-    args: argparse.Namespace,
-    checkpoint: Checkpoint,
-    policy: str,
-    folder: Path,
-    measure: str,
-    progress: Callable[[int], Any],
-) -> tuple[Any, Any, dict[str, Any]]:
-    """The test, its judge, and further settings for the journal."""
+def _make(args: argparse.Namespace, checkpoint: Checkpoint, policy: str, folder: Path, measure: str) -> tuple[Any, Any]:
+    """The test and its judge."""
     test: Any
     if measure == "recall":
         absences, modes = tuple(args.absences), tuple(args.modes)
         test = RecallTest(args.rollouts, absences, modes, args.sight, args.seed, args.batch)
-        return test, Recall(checkpoint, policy, test), {}
+        return test, Recall(checkpoint, policy, test)
     if measure == "prompt":
         test = PromptTest(args.rollouts, args.seconds, args.seed, args.batch)
-        return test, Prompt(checkpoint, policy, test), {}
+        return test, Prompt(checkpoint, policy, test)
     if measure == "cost":
         prompts = _prompts(args)
         test = CostTest(args.blocks, prompts[0]) if prompts else CostTest(args.blocks)
-        return test, Timing(checkpoint, policy, test), {}
+        return test, Timing(checkpoint, policy, test)
     if measure == "vbench":
         test = PerceptualTest(_prompts(args) or DriftTest().all_prompts(), args.minutes, args.seed)
-        return test, Perceptual(checkpoint, policy, test, folder / "clips"), {}
+        return test, Perceptual(checkpoint, policy, test, folder / "clips")
     minutes = max(1, round(args.hours * 60))
     test = DriftTest(minutes, args.streams, args.seed, _prompts(args), min(args.batch, args.streams))
-    path = _reference(args, checkpoint, test, progress)
-    reference = None if path is None else load_reference(path)
-    judge = Drift(checkpoint, policy, test, reference, folder)
-    return test, judge, {"reference": None if path is None else path.name}
+    return test, Drift(checkpoint, policy, test, None, folder)
 
 
 def _check_length(checkpoint: Checkpoint, policy: str, measure: str, blocks: int) -> None:

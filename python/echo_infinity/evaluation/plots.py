@@ -72,7 +72,7 @@ def _drift(runs: Sequence[Run], path: Path) -> None:
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(len(drift.MEASURES), 1, figsize=(9, 2.3 * len(drift.MEASURES)), sharex=True)
     for run in runs:
-        score = run.drift()
+        score = run.drift
         rows = [row for row in run.rows["drift"] if not row.get("failed")]
         streams = sorted({row["stream"] for row in rows})
         for ax, name in zip(axes, drift.MEASURES, strict=True):

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Run:
             run.reference = load_reference(folder.parent / reference)
         return run
 
+    @cached_property
     def drift(self) -> drift.DriftScore | None:
         """Drift's figures."""
         rows = self.rows.get("drift")
@@ -90,7 +92,7 @@ def data(runs: Sequence[Run]) -> dict[str, Any]:
         rows = run.rows
         if "recall" in rows:
             one["recall"] = [asdict(cell) for cell in recall.cells(rows["recall"])]
-        score = run.drift()
+        score = run.drift
         if score is not None:
             one["drift"] = asdict(score)
         if "prompt" in rows:
@@ -140,7 +142,7 @@ def _absence(cell: recall.Cell) -> str:
 def _drift(runs: Sequence[Run]) -> str:
     slopes, verdicts, notes = [], [], []
     for run in runs:
-        score = run.drift()
+        score = run.drift
         if score is None:
             continue
         for trend in score.trends.values():

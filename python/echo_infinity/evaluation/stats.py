@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_POINTS = 60  # a series is averaged down to this many points: pairs of points grow with the square
+_POINTS = 30  # a series is averaged down to this many points: pairs of points grow with the square
 
 
 @dataclass(frozen=True)
