@@ -61,6 +61,11 @@ class Ranks:
         for method in ("encode_text", "condition"):
             register_fsdp_forward_method(model, method)
 
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.mesh is not None:
+            distributed.barrier()
+
     def total(self, x: Tensor) -> Tensor:
         """Return the sum of ``x`` over the processes."""
         if self.mesh is None:
@@ -68,6 +73,14 @@ class Ranks:
         x = x.detach().clone()
         distributed.all_reduce(x)
         return x
+
+    def join(self, x: Tensor, dim: int | None) -> Tensor:
+        """Return the rows ``x`` of all processes along ``dim``; None is the same on all of them."""
+        if self.mesh is None or dim is None:
+            return x
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.world)]
+        distributed.all_gather(parts, x.detach().contiguous())
+        return torch.cat(parts, dim=dim)
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return the mean of each number over the processes."""

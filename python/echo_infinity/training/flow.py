@@ -17,11 +17,11 @@ from echo_infinity.config import EchoConfig, preset
 from echo_infinity.policies import find_policy
 from echo_infinity.training.align import attend_by_place, copy_by_place
 from echo_infinity.training.clips import FRAMES_PER_BLOCK, Clips, join_clips, load_clips
+from echo_infinity.training.denoiser import clip_flow, whole_clip
 from echo_infinity.training.distributed import Ranks, clip_gradients, join_ranks, leave_ranks
 from echo_infinity.training.generator import GeneratorTrainer
 from echo_infinity.training.losses import add_noise, flow_loss, per_sample, shift_level, to_x0
 from echo_infinity.training.options import add_settings, read_settings
-from echo_infinity.training.passes import clip_flow, whole_clip
 
 GROUPS = ("reappear", "first_open", "sighted", "closed")
 
@@ -150,11 +150,6 @@ class FlowTrainer(GeneratorTrainer):
         self.clips = clips
         self.words = [self.text.tokenise(prompt) for prompt in clips.prompts]
 
-    def prepare(self, settings: FlowTraining) -> None:
-        """Set blocks to recompute what they are told to."""
-        for block in self.model.layers():
-            block.checkpointing = settings.checkpointing
-
     def start_by_place(self) -> None:
         """Start attention by place and the memory as a copier; see :mod:`echo_infinity.training.align`."""
         if self.ranks.world > 1:
@@ -242,7 +237,7 @@ class FlowTrainer(GeneratorTrainer):
                 if not own:
                     u = torch.where(again | first, s.reappear_noise + (1 - s.reappear_noise) * u, u)
                 sigma = shift_level(u, s.shift)[rows].to(x0.device)
-                noise = self._noise(batch, x0, generator)
+                noise = self.draw_noise(generator, x0.shape[1], batch)
                 x_t = add_noise(x0, noise, sigma)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not own):
                     flow = stream.flow(x_t, self.model.condition(1000 * sigma.view(-1, 1)))
@@ -270,7 +265,7 @@ class FlowTrainer(GeneratorTrainer):
         x0 = torch.stack([self.clips.latents[i, b : b + frames] for i, b in starts]).float().to(self.ranks.device)
         text = self._encode_text(index, generator)
         sigma = shift_level(torch.rand(len(index), generator=generator), s.shift)[rows].to(x0.device)
-        noise = self._noise(len(index), x0, generator)
+        noise = self.draw_noise(generator, frames, len(index))
         flow = clip_flow(self.model, self.geometry, add_noise(x0, noise, sigma), sigma, text)
         error = (flow - (noise - x0)).square().mean(dim=(2, 3, 4))  # (B, F)
         losses = error.unflatten(1, (s.blocks, FRAMES_PER_BLOCK)).mean(2)
@@ -300,11 +295,6 @@ class FlowTrainer(GeneratorTrainer):
             words = [[] if drop else w for w, drop in zip(words, dropped.tolist(), strict=True)]
         return self.model.encode_text(self.text.embed(words[self.ranks.rows(len(words))]))
 
-    def _noise(self, batch: int, like: Tensor, generator: torch.Generator) -> Tensor:
-        """This process's rows of a whole batch's noise."""
-        noise = torch.randn((batch, *like.shape[1:]), generator=generator)
-        return noise[self.ranks.rows(batch)].to(like.device)
-
     def _context(
         self,
         batch: int,
@@ -317,6 +307,6 @@ class FlowTrainer(GeneratorTrainer):
         """Latents for a context pass: noisy truth, or the model's own prediction, as it will meet in a rollout."""
         rows = self.ranks.rows(batch)
         level = self.settings.context_noise * torch.rand(batch, generator=generator)[rows].to(x0.device)
-        noisy = x0 + per_sample(level) * self._noise(batch, x0, generator)
+        noisy = x0 + per_sample(level) * self.draw_noise(generator, x0.shape[1], batch)
         own = (torch.rand(batch, generator=generator)[rows].to(x0.device) < own_share) & (sigma < 0.8)
         return torch.where(per_sample(own), predicted, noisy)

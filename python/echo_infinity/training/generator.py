@@ -17,6 +17,7 @@ from echo_infinity.memory import EvolvingMemory
 from echo_infinity.model import CausalDiT
 from echo_infinity.policies import find_policy
 from echo_infinity.text import GrammarText
+from echo_infinity.training.denoiser import Prompts, encode_prompts
 from echo_infinity.training.distributed import Ranks, spread, whole
 from echo_infinity.training.loop import Trainer
 from echo_infinity.training.passes import StreamPasses
@@ -30,7 +31,7 @@ class GeneratorTrainer(Trainer):
     A subclass may change the fresh parts in :meth:`prepare` before they are sharded and the optimiser is made.
 
     Args:
-        settings: of the run, with ``seed``, ``rate``, ``memory_rate`` and ``ema``.
+        settings: of the run, with ``seed``, ``batch``, ``rate``, ``memory_rate`` and ``checkpointing``.
         config: geometry.
         out: the run's folder; ``model/`` in it is the exported model.
         ranks: the processes that share the run.
@@ -50,18 +51,21 @@ class GeneratorTrainer(Trainer):
         self.memory = None if config.memory is None else EvolvingMemory(config.memory)
         self.text = GrammarText(VOCABULARY, config.model.text_tokens, config.model.text_width)
         self.geometry = Geometry(config, ranks.device)
+        for block in self.model.layers():
+            block.checkpointing = settings.checkpointing
         self.prepare(settings)
         for module in self.modules().values():
             module.to(ranks.device)
         ranks.shard(self.model)
         self.averaged = {name: x.detach().clone() for name, x in self.trained()}
         identity = config.to_json() if identity is None else identity
-        super().__init__(settings, identity, out, self._optimiser(settings, ranks), ranks, self.other_optimisers(ranks))
+        others = self.other_optimisers(settings, ranks)
+        super().__init__(settings, identity, out, self._optimiser(settings, ranks), ranks, others)
 
     def prepare(self, settings: Any) -> None:
         """Change the fresh parts before anything else knows them."""
 
-    def other_optimisers(self, ranks: Ranks) -> dict[str, Optimizer]:
+    def other_optimisers(self, settings: Any, ranks: Ranks) -> dict[str, Optimizer]:
         """Make further optimisers by name."""
         return {}
 
@@ -81,23 +85,30 @@ class GeneratorTrainer(Trainer):
         return ((name, x) for name, x in self.parameters() if x.requires_grad)
 
     def start_from(self, name_or_folder: str) -> Checkpoint:
-        """Take the weights of a model; a memory that it lacks keeps its fresh start. Return the model."""
+        """Take the weights of a model, as :meth:`start_from_checkpoint` does; return it."""
         loaded = load_checkpoint(name_or_folder)
+        self.start_from_checkpoint(loaded)
+        return loaded
+
+    def start_from_checkpoint(self, loaded: Checkpoint) -> None:
+        """Take the weights of a model; a memory that it lacks keeps its fresh start.
+
+        Raises:
+            ValueError: its DiT has another shape.
+        """
+        if loaded.config.model != self.config.model:
+            raise ValueError(f"can't start from {loaded.config.model}: this run trains {self.config.model}")
         values = {f"model.{name}": x for name, x in loaded.model.state_dict().items()}
         values |= {f"text.{name}": x for name, x in loaded.text.state_dict().items()}
         if loaded.memory is not None:
             values |= {f"memory.{name}": x for name, x in loaded.memory.state_dict().items()}
         own = dict(self.parameters())
-        differing = [
-            name for name, x in values.items() if not name.startswith("memory.") and own[name].shape != x.shape
-        ]
-        if differing or loaded.config.model != self.config.model:
-            raise ValueError(
-                f"{name_or_folder} is another model: {loaded.config.model}, this run trains {self.config.model}"
-            )
         self.assign({name: x for name, x in values.items() if name in own})
         self.average_anew()
-        return loaded
+
+    def encode(self, prompts: Prompts) -> list[KV]:
+        """Return each layer's K/V of prompts."""
+        return encode_prompts(self.model, self.text, prompts)
 
     def average_anew(self) -> None:
         """Let the running averages start at the weights of now."""
@@ -110,6 +121,16 @@ class GeneratorTrainer(Trainer):
             pairs = [(self.averaged[name], x.detach()) for name, x in self.trained() if name.startswith(f"{part}.")]
             if pairs:
                 torch._foreach_lerp_([a for a, _ in pairs], [x for _, x in pairs], 1 - decay)
+
+    def draw_noise(self, generator: torch.Generator, frames: int, batch: int | None = None) -> Tensor:
+        """Draw the noise of a whole batch (by default the run's) and return this process's rows.
+
+        Returns:
+            ``(B, frames, C, h, w)``.
+        """
+        c, batch = self.config, self.settings.batch if batch is None else batch
+        shape = (batch, frames, c.model.latent_channels, c.latent_rows, c.latent_columns)
+        return torch.randn(shape, generator=generator)[self.ranks.rows(batch)].to(self.ranks.device)
 
     def streams(self, text: list[KV], batch: int) -> StreamPasses:
         """Start a batch of streams of the generator."""

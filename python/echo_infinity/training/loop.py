@@ -35,6 +35,7 @@ class Trainer(ABC):
 
     name: ClassVar[str]  # on the progress bar
     curves: ClassVar[Sequence[str]]  # columns of the log that are shown and drawn
+    panels: ClassVar[Mapping[str, Sequence[str]]] = {}  # further plots: file and columns
     extendable: ClassVar[bool] = False  # whether a longer run may go on from a shorter one's checkpoint
 
     def __init__(
@@ -125,12 +126,18 @@ class Trainer(ABC):
         metadata |= {"step": str(self.step), "log": json.dumps(self.log)}
         write_tensors(self.checkpoint, complete, metadata)
         if self.log:
-            columns = list(dict.fromkeys(name for row in self.log for name in row))
-            with open(self.out / "log.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(self.log)
-            plot_lines(self.log, self.curves, self.out / "loss.png", f"{self.name}: loss by step")
+            self._write_log()
+
+    def _write_log(self) -> None:
+        columns = list(dict.fromkeys(name for row in self.log for name in row))
+        with open(self.out / "log.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.log)
+        plot_lines(self.log, self.curves, self.out / "loss.png", f"{self.name}: loss by step")
+        for name, shown in self.panels.items():
+            if any(column in row for row in self.log for column in shown):
+                plot_lines(self.log, shown, self.out / name, f"{self.name} by step", scale="linear")
 
     def resume(self) -> bool:
         """Go on from the checkpoint if there is one, with the steps that an unbroken run takes; say whether there was.

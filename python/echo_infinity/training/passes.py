@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from echo_infinity.cache import KV, Call, Geometry
-from echo_infinity.config import EchoConfig, WindowConfig
+from echo_infinity.config import EchoConfig
 from echo_infinity.functional import FunctionalKV
 from echo_infinity.model import CausalDiT, Conditioning
 from echo_infinity.recall import Recall
@@ -93,29 +91,3 @@ class StreamPasses:
         self.cache.detach()
         if self.recall is not None:
             self.recall.detach()
-
-
-def clip_flow(model: CausalDiT, geometry: Geometry, x: Tensor, sigma: Tensor, text: list[KV]) -> Tensor:
-    """Return the flow of whole clips in which every frame attends to every frame.
-
-    Args:
-        model: the DiT.
-        geometry: of a configuration from :func:`whole_clip`.
-        x: ``(B, F, C, h, w)`` noisy latents.
-        sigma: ``(B,)`` their noise levels.
-        text: per layer K/V of the prompts.
-
-    Returns:
-        ``(B, F, C, h, w)`` float32.
-    """
-    level = model.condition(1000 * sigma.view(-1, 1))
-    flow = model(x, level, text, FunctionalKV(geometry.config), geometry.call(0, x.shape[1]))
-    assert flow is not None
-    return flow.float()
-
-
-def whole_clip(config: EchoConfig, frames: int) -> EchoConfig:
-    """Return the configuration of a bidirectional model of the same shape: one block of ``frames``, no memory."""
-    window = WindowConfig(sink_frames=0, window_frames=frames, frames_per_block=frames, p_max=frames)
-    name = config.name.removesuffix("-whole") + "-whole"
-    return replace(config, name=name, window=window, memory=None, policy="evolving")
