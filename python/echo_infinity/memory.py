@@ -214,8 +214,10 @@ class EvolvingMemory(nn.Module):
         out = memory_write(state, read, layers, None, heads=self.config.heads, eps=_EPS, q_rope=q_rope, k_rope=k_rope)
         gates = []
         for g, (connector, gate) in enumerate(self._pairs("connector_proj", "gate_linear")):
+            up, gelu, down, norm = connector
             dtype = gate.weight.dtype
-            gates.append(torch.sigmoid(gate(torch.cat([state[g].to(dtype), connector(out[g].to(dtype))], dim=-1))))
+            proposal = norm(down(gelu(up(out[g].to(dtype)))).to(dtype))  # autocast may have narrowed what comes in
+            gates.append(torch.sigmoid(gate(torch.cat([state[g].to(dtype), proposal], dim=-1))))
         return torch.stack(gates)
 
     def read(self, state: Tensor) -> Segment:

@@ -153,7 +153,7 @@ class GeneratorTrainer(Trainer):
         if wrong := sorted(own.keys() ^ weights.keys()) + sorted(self.averaged.keys() ^ averaged.keys()):
             raise ValueError(f"{self.checkpoint} doesn't fit this run; missing or unexpected: {', '.join(wrong)}")
         self.assign(weights)
-        self.averaged = {name: spread(x, own[name]) for name, x in averaged.items()}
+        self.averaged = {name: spread(averaged[name], own[name]) for name in self.averaged}
 
     @torch.no_grad()
     def assign(self, values: Mapping[str, Tensor]) -> None:

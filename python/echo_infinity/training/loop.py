@@ -78,6 +78,7 @@ class Trainer(ABC):
             Whether the run went through.
         """
         until = self.settings.steps if until is None else until
+        shown: dict[str, str] = {}
         bar = tqdm(total=until, initial=self.step, desc=self.name, mininterval=5.0, disable=self.ranks.rank > 0)
         try:
             while self.step < until and not self.why_ended:
@@ -86,7 +87,8 @@ class Trainer(ABC):
                 self.step += 1
                 self.log.append({"step": self.step, **row, "seconds": time.perf_counter() - began})
                 bar.update()
-                bar.set_postfix({k: f"{row[k]:.3f}" for k in self.curves if k in row}, refresh=False)
+                shown |= {k: f"{row[k]:.3f}" for k in self.curves if k in row}
+                bar.set_postfix(shown, refresh=False)
                 if self.step % save_every == 0:
                     self.save()
         except KeyboardInterrupt:

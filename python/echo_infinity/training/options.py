@@ -21,7 +21,7 @@ def add_settings(parser: argparse.ArgumentParser, cls: type, stage: str) -> None
         stage: name of the stage's files.
     """
     names = ", ".join(sorted(p.parent.name for p in _folder().glob(f"*/{stage}.json")))
-    parser.add_argument("--config", default=None, help=f"settings: a JSON file, or a bundled preset's: {names}")
+    parser.add_argument("--config", help=f"settings: a JSON file, or bundled ones, say tiny/teacher; a preset: {names}")
     for field in fields(cls):
         name = "--" + field.name.replace("_", "-")
         kind: Any = type(field.default)
@@ -47,12 +47,10 @@ def read_settings(cls: type[S], args: argparse.Namespace, stage: str) -> S:
 
 
 def _read(name: str, stage: str) -> dict[str, Any]:
-    path = Path(name)
-    bundled = _folder() / name / f"{stage}.json"
-    if not path.is_file() and bundled.is_file():
-        path = bundled
-    if not path.is_file():
-        raise ValueError(f"no settings {name!r}: neither a file nor a preset with bundled settings of {stage!r}")
+    places = Path(name), _folder() / name / f"{stage}.json", _folder() / f"{name}.json"
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise ValueError(f"no settings {name!r}: neither a file nor bundled settings of a preset for {stage!r}")
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
