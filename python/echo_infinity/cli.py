@@ -19,6 +19,9 @@ _DELEGATED = {
         "codec": "echo_infinity.training.codec",
         "clips": "echo_infinity.training.clips",
         "flow": "echo_infinity.training.flow",
+        "init": "echo_infinity.training.init",
+        "distill": "echo_infinity.training.distill",
+        "long": "echo_infinity.training.long",
     },
 }
 _MODULES = {

@@ -81,6 +81,7 @@ class StreamMemory:
         self._grid = grid_table(rows, columns, m.head_dim, device=device)
         self._video_grid = grid_table(*grid_positions(*config.grid, *config.grid), m.head_dim, device=device)
         self._state_dtype = dtype
+        self.gates: list[Tensor] | None = None  # a list here is given the gate of every write that follows
         self.reset()
 
     def reset(self) -> None:
@@ -160,7 +161,8 @@ class StreamMemory:
 
     def detach(self) -> None:
         """Cut the state's history: the boundary of truncated back-propagation."""
-        self.state, self._read = self.state.detach(), None
+        # A copy: the state may still be the learned start itself, which the next training step changes.
+        self.state, self._read = self.state.detach().clone(), None
 
     def read(self, call: Call) -> list[KV] | None:
         """Rotated keys and values ``(B, M * T_m, H, d)`` of every layer, or None where the call reads no memory."""
@@ -228,6 +230,8 @@ class StreamMemory:
                 ids = list(range(first, first + count))
                 k_rope.append((frame_table(ids, m.head_dim, device=state.device), self._video_grid))
                 first += count
+        if self.gates is not None and not m.residual:
+            self.gates.append(self.module.gate(state, segments, sink=sink, q_rope=q_rope, k_rope=k_rope))
         return self.module.write(state, segments, sink=sink, q_rope=q_rope, k_rope=k_rope)
 
 
