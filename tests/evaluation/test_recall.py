@@ -31,6 +31,7 @@ def test_every_mode_counts_every_rollout_and_the_controls_are_what_they_say(untr
     assert all(cell.rollouts == 4 for cell in found.values())
     assert found["truth"].all.share == 1
     assert found["shown"].asked == 4
+    assert found["shown"].strict == found["shown"].colour
     assert found["shown"].absence == 1
     assert found["shown"].colour.share <= 0.5  # it has learned nothing
 
@@ -114,3 +115,12 @@ def test_other_tests_and_other_models_are_refused(untrained):
     other = untrained._replace(config=replace(untrained.config, latent_rows=16, name="tall"))
     with pytest.raises(ValueError, match="model tall makes 64 x 128 in blocks of 3: leave recall out"):
         check_worlds(other, "recall")
+
+
+def test_rollouts_that_show_nothing_to_ask_for_count_in_the_strict_share():
+    answer = dict.fromkeys(("colour", "shape", "place", "all"), True)
+    silent = dict.fromkeys(answer, False)
+    some = {"mode": "staged", "absence": 2.0}
+    rows = [{**some, "number": 0, "asked": True, **answer}, {**some, "number": 1, "asked": False, **silent}]
+    (cell,) = cells(rows)
+    assert (cell.rollouts, cell.asked, cell.colour.share, cell.strict.share) == (2, 1, 1.0, 0.5)

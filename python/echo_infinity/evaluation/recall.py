@@ -77,7 +77,11 @@ class RecallTest:
 
 @dataclass(frozen=True)
 class Cell:
-    """One line of the table: shares over the rollouts in which there was something to ask for."""
+    """One line of the table: shares over the rollouts in which there was something to ask for.
+
+    ``strict`` is the right colour over all rollouts, those that showed nothing to ask for among them; a bin of free
+    rollouts has none, since what ended in other bins was no failure.
+    """
 
     mode: str
     absence: float | None
@@ -87,6 +91,7 @@ class Cell:
     shape: Share
     place: Share
     all: Share
+    strict: Share | None
 
 
 @dataclass
@@ -303,8 +308,9 @@ def cells(rows: Iterable[Row]) -> list[Cell]:
         asked = [row for row in group if row["asked"]]
         if mode == "free" and absence is None:
             continue  # nothing went out of sight and came back: counted in ``rollouts`` alone
-        shares = (Share(sum(row[name] for row in asked), len(asked)) for name in ("colour", "shape", "place", "all"))
-        found.append(Cell(mode, absence, free if mode == "free" else len(group), len(asked), *shares))
+        shares = [Share(sum(row[name] for row in asked), len(asked)) for name in ("colour", "shape", "place", "all")]
+        strict = None if mode == "free" else Share(shares[0].right, len(group))
+        found.append(Cell(mode, absence, free if mode == "free" else len(group), len(asked), *shares, strict))
     return found
 
 

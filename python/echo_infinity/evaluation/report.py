@@ -126,9 +126,12 @@ def _recall(runs: Sequence[Run]) -> str:
                 controls.add(cell.mode)
             name = "" if cell.mode in recall.CONTROLS else run.name
             shares = [_share(x) for x in (cell.colour, cell.shape, cell.place, cell.all)]
-            lines.append([name, _MADE_BY[cell.mode], _absence(cell), str(cell.rollouts), str(cell.asked), *shares])
+            strict = "" if cell.strict is None else f"{cell.strict.share:.3f}"
+            counts = [str(cell.rollouts), str(cell.asked)]
+            lines.append([name, _MADE_BY[cell.mode], _absence(cell), *counts, *shares, strict])
     head = ["run", "made by", "windows out of sight", "rollouts", "asked", "colour", "shape", "place", "all three"]
-    return _section("Recall", head, lines, "Shares of what was asked, with 95 % intervals (Wilson).")
+    note = "Shares of what was asked, with 95 % intervals (Wilson); in the last column of all rollouts."
+    return _section("Recall", [*head, "colour, of all"], lines, note)
 
 
 def _absence(cell: recall.Cell) -> str:
