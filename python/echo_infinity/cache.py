@@ -201,13 +201,25 @@ class RingKV:
             split = 0
         sink = (ring_k[:, :split], ring_v[:, :split]) if split else None
         ring = (ring_k[:, split:end], ring_v[:, split:end])
-        return stream_attention(q, sink=sink, memory=memory, ring=ring, shift=call.shift)
+        narrow = None if memory is None else (memory[0].to(q.dtype), memory[1].to(q.dtype))
+        return stream_attention(q, sink=sink, memory=narrow, ring=ring, shift=call.shift)
 
     def evicted(self, call: Call) -> list[KV]:
         """Views of the last layer's K (before rotation where ids are relative) and V that ``call`` will overwrite."""
         k, v = self._ring(self.raw if self.raw is not None else self.k[-1]), self._ring(self.v[-1])
         first, count, _ = call.slots.evicted
         return ring_evict(k, v, first, count, self.tokens_per_frame)
+
+    def held(self, frames: range) -> list[KV]:
+        """Every layer's K (rotated by absolute ids) and V of ``frames``, which the cache must hold; copies."""
+        w, t = self.config.window, self.tokens_per_frame
+        slots = [f if f < w.sink_frames else w.sink_frames + (f - w.sink_frames) % w.local_frames for f in frames]
+        spans = [slice(slot * t, (slot + 1) * t) for slot in slots]
+
+        def pick(x: Tensor) -> Tensor:
+            return torch.cat([x[:, span] for span in spans], dim=1)
+
+        return [(pick(k), pick(v)) for k, v in zip(self.k, self.v, strict=True)]
 
     def local(self, start: int) -> list[KV]:
         """Last layer's K and V of all local frames held before frame ``start``, oldest first: views."""

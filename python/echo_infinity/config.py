@@ -92,7 +92,11 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class EchoConfig:
-    """Everything that fixes a generator's behaviour except its weights."""
+    """Everything that fixes a generator's behaviour except its weights.
+
+    ``policy`` names what happens to frames that leave the window (:mod:`echo_infinity.policies`): by default they are
+    written to ``memory``, where there is one.
+    """
 
     model: ModelConfig
     latent_rows: int
@@ -102,6 +106,7 @@ class EchoConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     fps: int = 16
     name: str = "custom"
+    policy: str = "evolving"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -148,7 +153,10 @@ class EchoConfig:
 
     def to_json(self) -> str:
         """Return the configuration as JSON, readable by :meth:`from_json`."""
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+        data = dataclasses.asdict(self)
+        if self.policy == "evolving":
+            del data["policy"]  # so that configurations from before there were policies compare equal
+        return json.dumps(data, indent=2, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> EchoConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
@@ -62,12 +64,47 @@ class FunctionalKV:
         last = first + call.slots.evicted.frames
         return [self._slice(held, first, last)] if last > first else []
 
+    def held(self, frames: range) -> list[KV]:
+        """Every layer's K (rotated by absolute ids) and V of ``frames``, which the cache must hold."""
+        pairs = []
+        for layer in self._held:
+            assert layer is not None
+            first, t = layer.frames.index(frames.start), self.tokens_per_frame
+            part = layer.part(first, first + len(frames), t)
+            pairs.append((part.k, part.v))
+        return pairs
+
     def sink(self) -> KV:
         """Last layer's K and V of the sink frames."""
         held = self._held[-1]
         if held is None:
             raise ValueError("the sink is empty: no block has been cached")
         return self._slice(held, 0, self.config.window.sink_frames)
+
+    def detach(self) -> None:
+        """Cut the history of everything held: the boundary of truncated back-propagation."""
+        for held in self._held:
+            if held is not None:
+                held.k, held.v = held.k.detach(), held.v.detach()
+                held.raw = None if held.raw is None else held.raw.detach()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a later block depends on, by name."""
+        named: dict[str, Tensor] = {}
+        for i, held in enumerate(self._held):
+            if held is not None:
+                named |= {f"frames.{i}": torch.tensor(held.frames), f"k.{i}": held.k, f"v.{i}": held.v}
+                named |= {} if held.raw is None else {f"raw.{i}": held.raw}
+        return named
+
+    def load_tensors(self, named: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`tensors` returned."""
+        self._held = [
+            _Held(named[f"frames.{i}"].tolist(), named[f"k.{i}"], named[f"v.{i}"], named.get(f"raw.{i}"))
+            if f"k.{i}" in named
+            else None
+            for i in range(len(self._held))
+        ]
 
     def _slice(self, held: _Held, first: int, last: int) -> KV:
         index = [i for i, f in enumerate(held.frames) if first <= f < last]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from echo_infinity.cache import Call
+from echo_infinity.recall import StreamMemory
 
 if TYPE_CHECKING:
     from echo_infinity.sampler import BlockSampler
@@ -66,8 +67,8 @@ class BlockGraphs:
         memory = self._sampler.memory
         if self.failure:
             return self.failure
-        if memory is not None and memory.module.config.write_every > 1:
-            return "write_every > 1: evictions are kept aside between blocks"
+        if memory is not None and memory.why_no_graph:
+            return memory.why_no_graph
         if not self._sampler.generator.config.window.relative:
             return "absolute ids: every block's differ"
         key = self._key(call)
@@ -99,7 +100,7 @@ class BlockGraphs:
         replay, out = self._graphs[key]
         replay()
         self.replays += 1
-        if self._sampler.memory is not None:
+        if isinstance(self._sampler.memory, StreamMemory):
             self._sampler.memory.replayed(call)
         return out.clone()
 
@@ -111,11 +112,11 @@ class BlockGraphs:
         """The block on fixed tensors, leaving the host's counters as they were: a capture runs nothing."""
         assert self._fixed is not None
         memory, fixed = self._sampler.memory, self._fixed
-        before = None if memory is None else memory.bookmark()
+        before = memory.bookmark() if isinstance(memory, StreamMemory) else None
         try:
             return self._sampler.run_calls(fixed.call(call), lambda step: fixed.noise[step])
         finally:
-            if memory is not None and before is not None:
+            if isinstance(memory, StreamMemory) and before is not None:
                 memory.back_to(before)
 
 
@@ -128,7 +129,7 @@ class _Fixed:
         self._shift: Tensor | None = None
         self._text = [(k.clone(), v.clone()) for k, v in sampler.text]
         self.noise = [torch.empty_like(sampler.draw(step)) for step in range(sampler.draws)]
-        if sampler.memory is not None:
+        if isinstance(sampler.memory, StreamMemory):
             sampler.memory.fix(call)
 
     def call(self, call: Call) -> Call:
@@ -148,5 +149,5 @@ class _Fixed:
                 own[0].copy_(new[0])
                 own[1].copy_(new[1])
             self._sampler.text = self._text
-        if self._sampler.memory is not None:
+        if isinstance(self._sampler.memory, StreamMemory):
             self._sampler.memory.fix(call)

@@ -187,6 +187,39 @@ class EvolvingMemory(nn.Module):
             k_rope=k_rope,
         )
 
+    @torch.no_grad()
+    def gate(
+        self,
+        state: Tensor,
+        segments: Sequence[Segment],
+        *,
+        sink: Segment | None = None,
+        q_rope: RopeTables | None = None,
+        k_rope: Sequence[RopeTables] | None = None,
+    ) -> Tensor:
+        """Return the gate of the write that `write` does with the same arguments: the share of the state it keeps.
+
+        Returns:
+            ``(G, B, T, D)`` in 0 .. 1, without gradient; ones where the memory is frozen.
+
+        Raises:
+            ValueError: the memory has no gate (residual update).
+        """
+        if self.config.residual:
+            raise ValueError("a memory with a residual update has no gate")
+        if self.config.frozen:
+            return torch.ones_like(state)
+        read = segments if sink is None else [sink, *segments]
+        layers = [_layer_weights(layer) for layer in self.layers]
+        out = memory_write(state, read, layers, None, heads=self.config.heads, eps=_EPS, q_rope=q_rope, k_rope=k_rope)
+        gates = []
+        for g, (connector, gate) in enumerate(self._pairs("connector_proj", "gate_linear")):
+            up, gelu, down, norm = connector
+            dtype = gate.weight.dtype
+            proposal = norm(down(gelu(up(out[g].to(dtype)))).to(dtype))  # autocast may have narrowed what comes in
+            gates.append(torch.sigmoid(gate(torch.cat([state[g].to(dtype), proposal], dim=-1))))
+        return torch.stack(gates)
+
     def read(self, state: Tensor) -> Segment:
         """Project the keys and values that a group's transformer layers attend to; once a write, not once a layer.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
+from torch.utils.checkpoint import checkpoint
 
 from echo_ext import gated_add, gated_modulate, modulate
 from echo_infinity.cache import KV, Call
@@ -90,7 +91,7 @@ class CausalDiT(nn.Module):
             )
         padded = nnf.pad(embeddings, (0, 0, 0, c.text_tokens - embeddings.shape[1]))
         context = self.text_embedding(padded.to(self.dtype))
-        return [block.cross_attn.encode(context) for block in self.layers()]
+        return [block.encode_text(context) for block in self.layers()]
 
     def condition(self, t: Tensor) -> Conditioning:
         """Turn timesteps into each layer's shifts, scales and gates.
@@ -103,7 +104,7 @@ class CausalDiT(nn.Module):
         """
         e = self.time_embedding(sinusoid(t, self.config.time_width).to(self.dtype))  # (B, F, D)
         e0 = self.time_projection(e).unflatten(-1, (6, -1))  # (B, F, 6, D)
-        layers = [_modulation(block.modulation, e0) for block in self.layers()]
+        layers = [block.condition(e0) for block in self.layers()]
         shift, scale = (self.head.modulation + e[:, :, None]).chunk(2, dim=2)
         return Conditioning(layers, (shift, 1 + scale))
 
@@ -164,6 +165,7 @@ class Block(nn.Module):
         super().__init__()
         d = config.width
         self.eps = config.eps
+        self.checkpointing = False  # in training: recompute all but attention in the backward pass
         self.modulation = nn.Parameter(torch.randn(1, 6, d) / d**0.5)
         self.self_attn = SelfAttention(config)
         self.norm3 = nn.LayerNorm(d, eps=config.eps)
@@ -183,10 +185,22 @@ class Block(nn.Module):
         output: bool = True,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        attn = self.self_attn
-        q, k, v = self.project(x, shift1, scale1)
-        y = cache.attend(layer, q, k, v, (attn.norm_q.weight, attn.norm_k.weight), call, memory, output=output)
-        return x if y is None else self.finish(x, y, gate1, text, shift2, scale2, gate2)
+        norms = self.self_attn.norm_q.weight, self.self_attn.norm_k.weight
+        again = self.checkpointing and torch.is_grad_enabled()
+        q, k, v = _recompute(self.project, x, shift1, scale1) if again else self.project(x, shift1, scale1)
+        y = cache.attend(layer, q, k, v, norms, call, memory, output=output)
+        if y is None:
+            return x
+        rest = x, y, gate1, text, shift2, scale2, gate2
+        return _recompute(self.finish, *rest) if again else self.finish(*rest)
+
+    def encode_text(self, context: Tensor) -> KV:
+        """Keys and values ``(B, n, H, d)`` of the embedded prompt ``(B, n, D)`` for this layer's cross-attention."""
+        return self.cross_attn.encode(context)
+
+    def condition(self, e0: Tensor) -> tuple[Tensor, ...]:
+        """What a timestep's embedding ``(B, F, 6, D)`` does to this layer: shift, 1 + scale, gate, twice."""
+        return _modulation(self.modulation, e0)
 
     def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Everything before attention: queries, keys and values ``(B, T, H, d)``, before norm and rotation."""
@@ -274,6 +288,10 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
 
 def _normalise(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     return norm(x.to(norm.weight.dtype))  # under autocast x is narrower than the weight, which torch only does slowly
+
+
+def _recompute(function: Callable[..., Any], *args: Any) -> Any:
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
 
 
 def _mlp(width: int, hidden: int, out: int) -> nn.Sequential:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from dataclasses import replace
 from typing import Any
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from echo_infinity.cache import KV
 from echo_infinity.codec import SPACE_STRIDE, TIME_STRIDE
-from echo_infinity.memory import EvolvingMemory
 from echo_infinity.noise import Noise
+from echo_infinity.policies import POLICIES, make_generator
 from echo_infinity.sampler import Generator
 from echo_infinity.settings import Callback, PromptChange, StreamSettings, frame_count
 from echo_infinity.state import SavedStream, check_model, environment, read_state, warn_differences
@@ -32,7 +31,7 @@ class EchoPipeline:
     def __init__(self, checkpoint: Checkpoint, source: str | None = None) -> None:
         self.config, self.fingerprint, self.source = checkpoint.config, checkpoint.fingerprint, source
         self.model, self.memory, self.codec = checkpoint.model, checkpoint.memory, checkpoint.codec
-        self._text = checkpoint.text
+        self._text, self._checkpoint = checkpoint.text, checkpoint
         parameter = next(self.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self._generators: dict[str, Generator] = {}
@@ -94,8 +93,8 @@ class EchoPipeline:
             prompt: what to show.
             seed: of the noise, 0 .. 2**63 - 1.
             noise: the caller's own noise instead, see :mod:`echo_infinity.noise`; give it again to :meth:`resume`.
-            memory: "on", "off" (window and sink only) or "frozen" (never written after its learned start); default
-                "on" where the model has one.
+            memory: "on" (what the model was trained with), "off" (window and sink only) or "frozen" (never written
+                after its learned start); default "on" where the model keeps anything.
             memory_dtype: of the memory state; default the weights'.
             output_type: "pixels" or "latents".
             callback: called as ``callback(stream, block_index, output)`` after each block.
@@ -106,7 +105,7 @@ class EchoPipeline:
             ValueError: an empty or too long prompt, a seed out of range, an unknown option, or memory asked of a model
                 without one.
         """
-        memory = memory or ("off" if self.memory is None else "on")
+        memory = memory or ("on" if self._remembers else "off")
         settings = StreamSettings(
             seed, noise, memory, memory_dtype, output_type, callback, autosave, autosave_every
         )  # fmt: skip
@@ -205,18 +204,18 @@ class EchoPipeline:
         Raises:
             ValueError: memory asked of a model without one.
         """
-        if memory != "off" and self.memory is None:
+        if (memory == "on" and not self._remembers) or (memory == "frozen" and self.memory is None):
             raise ValueError(f"memory is {memory!r} but the model {self.config.name} has none: use 'off'")
         if memory not in self._generators:
-            modules = {"on": self.memory, "off": None, "frozen": _frozen(self.memory)}
-            self._generators[memory] = Generator(self.config, self.model, modules[memory])
+            self._generators[memory] = self._make_generator(memory)
         return self._generators[memory]
 
+    @property
+    def _remembers(self) -> bool:
+        return self.memory is not None or self.config.policy not in ("evolving", "window", "sink")
 
-def _frozen(memory: EvolvingMemory | None) -> EvolvingMemory | None:
-    """The same weights under a configuration whose writes change nothing."""
-    if memory is None:
-        return None
-    frozen = copy.copy(memory)
-    frozen.config = replace(memory.config, frozen=True)
-    return frozen
+    def _make_generator(self, memory: str) -> Generator:
+        if memory == "on":
+            return make_generator(self._checkpoint)
+        kept = POLICIES["frozen" if memory == "frozen" else "sink"]
+        return Generator(self.config, self.model, kept.module(self.memory), kept.recall)

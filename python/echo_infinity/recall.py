@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -17,10 +17,38 @@ from echo_infinity.positions import grid_positions
 _Version = tuple[int, range, bool]
 
 
-class _Cache(Protocol):
+class Evicting(Protocol):
+    """What a write needs of a cache."""
+
     def evicted(self, call: Call) -> list[KV]: ...
 
+    def held(self, frames: range) -> list[KV]: ...
+
     def sink(self) -> KV: ...
+
+
+class Recall(Protocol):
+    """What a stream keeps of the frames that left its window: :class:`StreamMemory`, or a policy's own."""
+
+    frames: int  # memory frames that a call may read: they take that many temporal ids
+    why_no_graph: str  # why blocks can't be replayed as CUDA graphs, or ""
+
+    @property
+    def active(self) -> bool: ...
+
+    def prepare(self, cache: Evicting, call: Call) -> None: ...
+
+    def publish(self) -> None: ...
+
+    def read(self, call: Call) -> list[KV] | None: ...
+
+    def rewrite(self, segments: list[KV], cache: Evicting) -> None: ...
+
+    def detach(self) -> None: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def load_tensors(self, named: Mapping[str, Tensor]) -> None: ...
 
 
 class StreamMemory:
@@ -44,12 +72,16 @@ class StreamMemory:
         self.module = module
         self.config = config
         self.batch = batch
+        self.frames = module.config.frames
+        batched = module.config.write_every > 1
+        self.why_no_graph = "write_every > 1: evictions are kept aside between blocks" if batched else ""
         device = next(module.parameters()).device
         m = module.config
         rows, columns = grid_positions(*memory_grid(m.tokens_per_frame, config.grid), *config.grid)
         self._grid = grid_table(rows, columns, m.head_dim, device=device)
         self._video_grid = grid_table(*grid_positions(*config.grid, *config.grid), m.head_dim, device=device)
         self._state_dtype = dtype
+        self.gates: list[Tensor] | None = None  # a list here is given the gate of every write that follows
         self.reset()
 
     def reset(self) -> None:
@@ -66,7 +98,7 @@ class StreamMemory:
         """Whether a write has been published."""
         return self.writes > 0
 
-    def prepare(self, cache: _Cache, call: Call) -> None:
+    def prepare(self, cache: Evicting, call: Call) -> None:
         """Compute the write of the frames that ``call`` pushes out, while their slots still hold them."""
         evicted = cache.evicted(call)
         self._next = None
@@ -91,7 +123,7 @@ class StreamMemory:
         self._next = None
         self.writes += 1
 
-    def rewrite(self, segments: list[KV], cache: _Cache) -> None:
+    def rewrite(self, segments: list[KV], cache: Evicting) -> None:
         """Start over from the learned start with one write of ``segments`` (memory re-cache at a prompt switch)."""
         writes = self.writes
         self.reset()
@@ -129,7 +161,8 @@ class StreamMemory:
 
     def detach(self) -> None:
         """Cut the state's history: the boundary of truncated back-propagation."""
-        self.state, self._read = self.state.detach(), None
+        # A copy: the state may still be the learned start itself, which the next training step changes.
+        self.state, self._read = self.state.detach().clone(), None
 
     def read(self, call: Call) -> list[KV] | None:
         """Rotated keys and values ``(B, M * T_m, H, d)`` of every layer, or None where the call reads no memory."""
@@ -184,7 +217,7 @@ class StreamMemory:
         layers = self.config.model.layers
         return [groups[self.module.config.group_of(layer, layers)] for layer in range(layers)]
 
-    def _write(self, state: Tensor, segments: list[KV], cache: _Cache) -> Tensor:
+    def _write(self, state: Tensor, segments: list[KV], cache: Evicting) -> Tensor:
         m = self.module.config
         sink = cache.sink() if m.sink_anchor else None
         q_rope = k_rope = None
@@ -197,6 +230,8 @@ class StreamMemory:
                 ids = list(range(first, first + count))
                 k_rope.append((frame_table(ids, m.head_dim, device=state.device), self._video_grid))
                 first += count
+        if self.gates is not None and not m.residual:
+            self.gates.append(self.module.gate(state, segments, sink=sink, q_rope=q_rope, k_rope=k_rope))
         return self.module.write(state, segments, sink=sink, q_rope=q_rope, k_rope=k_rope)
 
 
@@ -209,3 +244,13 @@ def _copy_into(fixed: list[KV], new: list[KV]) -> list[KV]:
 
 def _join(segments: list[KV]) -> KV:
     return torch.cat([k for k, _ in segments], dim=1), torch.cat([v for _, v in segments], dim=1)
+
+
+RecallFactory = Callable[[EvolvingMemory | None, EchoConfig, int, torch.dtype | None], Recall | None]
+
+
+def keep_own(
+    module: EvolvingMemory | None, config: EchoConfig, batch: int, dtype: torch.dtype | None = None
+) -> StreamMemory | None:
+    """Return a stream's side of the model's own memory, or None where it has none."""
+    return None if module is None else StreamMemory(module, config, batch, dtype)

@@ -15,7 +15,7 @@ from echo_infinity.graphs import BlockGraphs
 from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.model import CausalDiT, Conditioning
 from echo_infinity.noise import Noise
-from echo_infinity.recall import StreamMemory
+from echo_infinity.recall import RecallFactory, keep_own
 from echo_infinity.schedule import FlowSchedule
 
 
@@ -26,16 +26,30 @@ class Generator:
         config: geometry and sampler settings.
         model: the DiT.
         memory: the evolving memory; None streams without one.
+        recall: makes each stream's side of what it keeps of frames that left its window; by default of ``memory``.
 
     Raises:
-        ValueError: the memory is not the one that ``config`` describes.
+        ValueError: the memory is not the one that ``config`` describes, or ``config`` asks for a policy other than the
+            model's own memory and ``recall`` is not given.
     """
 
-    def __init__(self, config: EchoConfig, model: CausalDiT, memory: EvolvingMemory | None) -> None:
+    def __init__(
+        self,
+        config: EchoConfig,
+        model: CausalDiT,
+        memory: EvolvingMemory | None,
+        recall: RecallFactory | None = None,
+    ) -> None:
         s = config.sampler
+        if recall is None and config.policy != "evolving":
+            raise ValueError(
+                f"the configuration's policy is {config.policy!r}: make its generator with "
+                "echo_infinity.policies.make_generator"
+            )
         if memory is not None and _thawed(memory.config) != _thawed(config.memory):
             raise ValueError(f"memory is {memory.config}, the configuration says {config.memory}")
         self.config, self.model, self.memory = config, model, memory
+        self.recall = keep_own if recall is None else recall
         self._head = model.head.head
         self.device, self.dtype = self._head.weight.device, self._head.weight.dtype
         self.schedule = FlowSchedule(s.shift)
@@ -89,7 +103,7 @@ class BlockSampler:
         self.generator, self.text, self.noise, self.batch = generator, text, noise, batch
         self.frame = 0
         self.cache = RingKV(config, batch, generator.dtype, generator.device)
-        self.memory = None if generator.memory is None else StreamMemory(generator.memory, config, batch, memory_dtype)
+        self.memory = generator.recall(generator.memory, config, batch, memory_dtype)
         m, w = config.model, config.window
         self._shape = (batch, w.frames_per_block, m.latent_channels, config.latent_rows, config.latent_columns)
         # The last frames' latents, for re-caching under another prompt: frame f in slot f % window_frames.
@@ -251,7 +265,7 @@ class BlockSampler:
         return self.window[:, [f % self.window.shape[1] for f in range(self.frame - frames, self.frame)]]
 
     def _call(self, start: int, frames: int, *, recache: bool = False, sink_ids: bool = True) -> Call:
-        memory_frames = 0 if self.memory is None else self.memory.module.config.frames
+        memory_frames = 0 if self.memory is None else self.memory.frames
         if recache and self.generator.config.window.relative:  # even where the local frames are no more than a block
             memory_frames = 0
         return self.generator.geometry.call(start, frames, memory_frames=memory_frames, sink_ids=sink_ids)

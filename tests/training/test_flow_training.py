@@ -1,13 +1,21 @@
 """Flow training: gradients reach the memory across blocks, and a resumed run is the unbroken one."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from echo_infinity.codec import Codec, CodecConfig
 from echo_infinity.config import preset
 from echo_infinity.training.clips import Clips, join_clips
-from echo_infinity.training.flow import FlowTrainer, FlowTraining, object_share
+from echo_infinity.training.denoiser import Denoiser, clip_flow
+from echo_infinity.training.distributed import Ranks
+from echo_infinity.training.flow import FlowTrainer, FlowTraining, configure
+from echo_infinity.training.losses import object_share
+from echo_infinity.weights import load_checkpoint, read_tensors, text_metadata, write_tensors
 from numerics import assert_same_bits
+
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 MARKS = ("closed", "sighted", "first_open", "reappear")
 SETTINGS = FlowTraining(steps=4, batch=2, blocks=6, warmup=1, bf16=False, own_context=0.5)
@@ -37,7 +45,7 @@ def test_loss_of_a_late_block_reaches_the_memory_through_its_writes(clips, confi
     torch.nn.init.normal_(trainer.model.head.head.weight)
     loss, parts = trainer.loss(torch.tensor([0, 1]), torch.Generator().manual_seed(0))
     loss.backward()
-    assert set(parts) == {"reappear", "first_open", "sighted", "closed"}
+    assert set(parts) == {"loss", "reappear", "first_open", "sighted", "closed"}
     for name, x in trainer.memory.named_parameters():
         assert x.grad is not None, name
         assert x.grad.abs().sum() > 0, name
@@ -109,3 +117,85 @@ def test_batches_of_entries_share_the_block_of_a_first_sight(clips, config, tmp_
         assert set(index.tolist()) <= {1, 3}
         assert 2 in graded
         assert len(graded) == 2
+
+
+@pytest.mark.parametrize("policy", ["window", "ema", "pooled", "rolling", "frozen", "full"])
+def test_every_policy_is_trained_by_the_same_command(clips, config, tmp_path, policy):
+    settings = replace(SETTINGS, policy=policy)
+    trainer = FlowTrainer(settings, configure(config, settings), clips, tmp_path)
+    torch.nn.init.normal_(trainer.model.head.head.weight)
+    assert trainer.config.policy == policy
+    trainer.take_step()
+    for name, x in trainer.model.named_parameters():
+        assert x.grad.abs().sum() > 0, name
+    assert (trainer.memory is not None) == (policy == "frozen")
+
+
+@pytest.fixture
+def teaching(clips, config, tmp_path):
+    """A teacher of 4 blocks, with weights that show what depends on what."""
+    settings = replace(SETTINGS, bidirectional=True, blocks=4, text_dropout=0.5, cut_share=0.5)
+    trainer = FlowTrainer(settings, configure(config, settings), clips, tmp_path)
+    torch.nn.init.normal_(trainer.model.head.head.weight)
+    return trainer
+
+
+def test_in_a_teacher_every_frame_attends_to_every_frame(teaching):
+    x = torch.randn(1, 12, 8, 8, 8, requires_grad=True)
+    text = teaching.model.encode_text(teaching.text.embed([[1]]))
+    flow = clip_flow(teaching.model, teaching.geometry, x, torch.tensor([0.5]), text)
+    for frame in (0, 11):
+        (gradient,) = torch.autograd.grad(flow[:, frame].sum(), x, retain_graph=True)
+        assert all(gradient[:, other].abs().sum() > 0 for other in range(12))
+
+
+def test_a_teacher_trains_exports_and_teaches(teaching):
+    row = teaching.take_step()
+    assert {"loss", "reappear"} <= set(row) or teaching.config.memory is None
+    assert all(x.grad is not None for _, x in teaching.trained())
+    assert teaching.memory is None
+    folder = teaching.export(Codec(CodecConfig(8, 4, 4, 4, 4, 4)))
+    assert Denoiser(load_checkpoint(folder), Ranks(), trained=False).frames == 12
+
+
+def test_prompts_are_left_out_at_the_rate_asked_for(teaching, monkeypatch):
+    seen = []
+    embed = teaching.text.embed
+    monkeypatch.setattr(teaching.text, "embed", lambda words: seen.extend(words) or embed(words))
+    teaching.clip_loss(torch.zeros(60, dtype=torch.int64), torch.Generator().manual_seed(0))
+    assert 20 <= sum(not words for words in seen) <= 40
+
+
+def test_clips_are_cut_at_blocks_of_their_own(teaching, monkeypatch):
+    """Latents that say their own frame number: cut clips start at any block that leaves room, whole ones at 0."""
+    teaching.clips.latents[:] = torch.arange(18.0).half()[:, None, None, None]
+    starts = []
+
+    def watched(x0, noise, sigma):
+        starts.extend(x0[:, 0, 0, 0, 0].int().tolist())
+        assert all((x0[i, :, 0, 0, 0] == torch.arange(12) + start).all() for i, start in enumerate(starts))
+        return x0
+
+    monkeypatch.setattr("echo_infinity.training.flow.add_noise", watched)
+    teaching.clip_loss(torch.zeros(40, dtype=torch.int64), torch.Generator().manual_seed(0))
+    assert set(starts) == {0, 3, 6}
+    assert starts.count(0) > 15
+
+
+def test_steps_can_be_accumulated_and_recomputed(clips, config, tmp_path):
+    plain = FlowTrainer(replace(SETTINGS, accumulate=2), config, clips, tmp_path)
+    again = FlowTrainer(replace(SETTINGS, accumulate=2, checkpointing=True), config, clips, tmp_path)
+    rows = [trainer.take_step() for trainer in (plain, again)]
+    assert rows[0] == rows[1]
+    assert_same_bits(dict(again.parameters()), dict(plain.parameters()))
+
+
+def test_a_setting_that_did_not_exist_yet_was_at_its_default(clips, config, tmp_path):
+    trainer = FlowTrainer(SETTINGS, config, clips, tmp_path)
+    trainer.save()
+    metadata = text_metadata(trainer.checkpoint)
+    settings = {k: v for k, v in json.loads(metadata["settings"]).items() if k not in ("policy", "accumulate")}
+    write_tensors(trainer.checkpoint, read_tensors(trainer.checkpoint), metadata | {"settings": json.dumps(settings)})
+    assert FlowTrainer(SETTINGS, config, clips, tmp_path).resume()
+    with pytest.raises(ValueError, match="made with settings"):
+        FlowTrainer(replace(SETTINGS, accumulate=2), config, clips, tmp_path).resume()

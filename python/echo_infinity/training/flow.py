@@ -1,31 +1,28 @@
-"""Train the generator and its memory by flow matching on streamed clips: the window slides, evicted frames are
-written, later blocks read them, and gradients go back through the memory across blocks."""
+"""Train a generator and its memory by flow matching on streamed clips: the window slides, evicted frames are
+written, later blocks read them, and gradients go back through the memory across blocks. Or, with ``--bidirectional``,
+train a teacher: one call over the whole clip in which every frame attends to every frame."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from echo_infinity.cache import Geometry
 from echo_infinity.codec import Codec
 from echo_infinity.config import EchoConfig, preset
-from echo_infinity.functional import FunctionalKV
-from echo_infinity.memory import EvolvingMemory
-from echo_infinity.model import CausalDiT
-from echo_infinity.recall import StreamMemory
-from echo_infinity.text import GrammarText
+from echo_infinity.policies import find_policy
 from echo_infinity.training.align import attend_by_place, copy_by_place
-from echo_infinity.training.clips import Clips, join_clips, load_clips
-from echo_infinity.training.loop import Trainer
-from echo_infinity.weights import find, load_checkpoint, load_parts, save_checkpoint
-from echo_infinity.worlds import VOCABULARY
+from echo_infinity.training.clips import FRAMES_PER_BLOCK, Clips, join_clips, load_clips
+from echo_infinity.training.denoiser import clip_flow, whole_clip
+from echo_infinity.training.distributed import Ranks, clip_gradients, join_ranks, leave_ranks
+from echo_infinity.training.generator import GeneratorTrainer
+from echo_infinity.training.losses import add_noise, flow_loss, per_sample, shift_level, to_x0
+from echo_infinity.training.options import add_settings, read_settings
 
-_STANDS_OUT = 2.0  # mean square over channels, of latents with unit variance
 GROUPS = ("reappear", "first_open", "sighted", "closed")
 
 
@@ -56,6 +53,12 @@ class FlowTraining:
         seed: of weights, clips and noise.
         memory: False trains without memory.
         bf16: compute linears in bfloat16; weights, attention and losses stay float32.
+        policy: what happens to frames that leave the window, see :mod:`echo_infinity.policies`.
+        bidirectional: train a teacher on whole clips of ``blocks`` blocks; no memory, no grading by block.
+        cut_share: bidirectional: share of clips that start at a random block, as chunks of a long rollout do.
+        text_dropout: share of prompts that are left empty, for classifier-free guidance.
+        accumulate: batches whose gradients make one step.
+        checkpointing: recompute everything but attention in the backward pass.
     """
 
     steps: int = 2000
@@ -77,6 +80,12 @@ class FlowTraining:
     seed: int = 0
     memory: bool = True
     bf16: bool = True
+    policy: str = "evolving"
+    bidirectional: bool = False
+    cut_share: float = 0.0
+    text_dropout: float = 0.0
+    accumulate: int = 1
+    checkpointing: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,114 +99,101 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init", default=None, help="model name or folder to start from")
     parser.add_argument("--by-place", action="store_true", help="start attention by place and memory as a copier")
     parser.add_argument("--restart", action="store_true", help="ignore the checkpoint in --out")
-    for field in fields(FlowTraining):
-        name = "--" + field.name.replace("_", "-")
-        if isinstance(field.default, bool):
-            parser.add_argument(f"--no-{field.name}", dest=field.name, action="store_false")
-        else:
-            parser.add_argument(name, type=type(field.default), default=field.default)
+    add_settings(parser, FlowTraining, "flow")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train (or go on training) as the options say; return the exit code."""
-    settings = FlowTraining(**{f.name: getattr(args, f.name) for f in fields(FlowTraining)})
-    config = preset(args.preset)
+    settings = read_settings(FlowTraining, args, "flow")
+    config = configure(preset(args.preset), settings)
+    clips = join_clips([load_clips(folder) for folder in args.clips], settings.blocks)
+    ranks = join_ranks()
+    try:
+        trainer = FlowTrainer(settings, config, clips, args.out, ranks)
+        if args.restart or not trainer.resume():
+            if args.init is not None:
+                trainer.start_from(args.init)
+            if args.by_place:
+                trainer.start_by_place()
+        done = trainer.train()
+        trainer.export(Codec.load(args.codec))
+    finally:
+        leave_ranks()
+    return trainer.say_goodbye(done)
+
+
+def configure(config: EchoConfig, settings: FlowTraining) -> EchoConfig:
+    """Return the geometry that a run of these settings trains.
+
+    Raises:
+        ValueError: the policy is unknown or needs what the model lacks.
+    """
+    if settings.bidirectional:
+        return whole_clip(config, settings.blocks * FRAMES_PER_BLOCK)
     if not settings.memory:
         config = replace(config, memory=None)
-    clips = join_clips([load_clips(folder) for folder in args.clips], settings.blocks)
-    trainer = FlowTrainer(settings, config, clips, args.out)
-    if args.restart or not trainer.resume():
-        if args.init is not None:
-            trainer.start_from(args.init)
-        if args.by_place:
-            trainer.start_by_place()
-    done = trainer.train()
-    trainer.export(Codec.load(args.codec))
-    if not done:
-        print(f"stopped at step {trainer.step}; the same command goes on from {trainer.checkpoint}")  # noqa: T201
-        return 130
-    return 0
+    return config if settings.policy == "evolving" else find_policy(settings.policy).configure(config)
 
 
-class FlowTrainer(Trainer):
-    """A generator, its averaged weights, its optimiser and its place in the run.
+class FlowTrainer(GeneratorTrainer):
+    """Flow matching on encoded clips.
 
     Args:
         settings: of the run.
-        config: geometry.
+        config: geometry, from :func:`configure`.
         clips: encoded clips, from :func:`load_clips`.
         out: the run's folder; ``model/`` in it is the exported model.
+        ranks: the processes that share the run.
     """
 
     name, curves, extendable = "flow", ("loss", *GROUPS), True
 
-    def __init__(self, settings: FlowTraining, config: EchoConfig, clips: Clips, out: Path) -> None:
-        self.config, self.clips = config, clips
-        torch.manual_seed(settings.seed)
-        self.model = CausalDiT(config.model)
-        nn.init.zeros_(self.model.head.head.weight)
-        self.memory = None if config.memory is None else EvolvingMemory(config.memory)
-        self.text = GrammarText(VOCABULARY, config.model.text_tokens, config.model.text_width)
-        self.geometry = Geometry(config)
+    def __init__(
+        self, settings: FlowTraining, config: EchoConfig, clips: Clips, out: Path, ranks: Ranks | None = None
+    ) -> None:
+        super().__init__(settings, config, out, ranks)
+        self.clips = clips
         self.words = [self.text.tokenise(prompt) for prompt in clips.prompts]
-        self.averaged = {name: x.detach().clone() for name, x in self.parameters()}
-        rest = [x for name, x in self.parameters() if not name.startswith("memory.")]
-        groups = [{"params": rest, "factor": 1.0}]
-        if self.memory is not None:
-            groups.append({"params": list(self.memory.parameters()), "factor": settings.memory_rate})
-        optimiser = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-        super().__init__(settings, config.to_json(), out, optimiser)
-
-    def modules(self) -> dict[str, nn.Module]:
-        """The trained parts by name."""
-        parts: dict[str, nn.Module] = {"model": self.model, "text": self.text}
-        return parts if self.memory is None else parts | {"memory": self.memory}
-
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every trained parameter with its part's name in front."""
-        for part, module in self.modules().items():
-            for name, x in module.named_parameters():
-                yield f"{part}.{name}", x
-
-    def start_from(self, name_or_folder: str) -> None:
-        """Take the weights of a model; parts it lacks keep their fresh start."""
-        loaded = load_checkpoint(name_or_folder)
-        self.model.load_state_dict(loaded.model.state_dict())
-        self.text.load_state_dict(loaded.text.state_dict())
-        if self.memory is not None and loaded.memory is not None:
-            self.memory.load_state_dict(loaded.memory.state_dict())
-        self.averaged = {name: x.detach().clone() for name, x in self.parameters()}
 
     def start_by_place(self) -> None:
         """Start attention by place and the memory as a copier; see :mod:`echo_infinity.training.align`."""
+        if self.ranks.world > 1:
+            raise ValueError("start by place on one process, then go on from its model on several")
         latents = self.clips.latents[:32, : 2 * self.config.window.frames_per_block].float()
         attend_by_place(self.config, self.model, latents, self.text.embed(self.words[:32]))
         if self.memory is not None:
             copy_by_place(self.memory)
-        self.averaged = {name: x.detach().clone() for name, x in self.parameters()}
+        self.average_anew()
 
     def take_step(self) -> dict[str, float]:
         """Draw a batch, go forward through its blocks, backward through all of them, and step."""
         s = self.settings
         generator = torch.Generator().manual_seed((s.seed << 32) + self.step)
         self.set_rate(s.rate, s.warmup, floor=0.1)
-        index, graded = self._draw(generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=s.bf16):
-            loss, parts = self.loss(index, generator, graded)
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_([x for _, x in self.parameters()], 1.0)
+        rows: list[dict[str, float]] = []
+        for _ in range(s.accumulate):
+            index, graded = self._draw(generator)
+            with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=s.bf16):
+                if s.bidirectional:
+                    loss, parts = self.clip_loss(index, generator)
+                else:
+                    loss, parts = self.loss(index, generator, graded)
+            (loss / s.accumulate).backward()
+            rows.append(parts)
+        trained = [x for _, x in self.trained()]
+        self.ranks.average_gradients(trained)
+        norm = clip_gradients(trained, 1.0)
         self.optimiser.step()
-        decay = min(s.ema, (2 + self.step) / (11 + self.step))
-        with torch.no_grad():
-            names, values = zip(*self.parameters(), strict=True)
-            torch._foreach_lerp_([self.averaged[name] for name in names], list(values), 1 - decay)
-        return {"loss": loss.item(), **parts, "grad_norm": norm.item()}
+        self.average(s.ema)
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        means = {n: sum(row[n] for row in rows if n in row) / sum(n in row for row in rows) for n in names}
+        return {**means, "grad_norm": norm}
 
     def _draw(self, generator: torch.Generator) -> tuple[Tensor, list[int]]:
         """Draw a batch of clips and the blocks to grade; clips of one batch reappear in the same block."""
         s = self.settings
-        if not s.graded:
+        if not s.graded or s.bidirectional:
             return torch.randint(len(self.clips), (s.batch,), generator=generator), list(range(s.blocks))
         chosen, pool, end = [], torch.arange(len(self.clips)), s.blocks
         for share, marks in ((s.reappear_share, self.clips.reappear), (s.entry_share, self.clips.first_open)):
@@ -217,35 +213,29 @@ class FlowTrainer(Trainer):
         """Flow-matching loss of the clips ``index`` ``(B,)``, streamed block by block.
 
         Args:
-            index: which clips.
+            index: which clips, of all processes; this one streams its rows.
             generator: of noise and noise levels.
             graded: blocks that count; by default all.
 
         Returns:
-            The weighted mean over blocks, and the plain loss of each group of blocks in :data:`GROUPS`.
+            The weighted mean over blocks, and for the log that mean over all processes and the plain loss of each
+            group of blocks in :data:`GROUPS`.
         """
-        s, per_block = self.settings, self.config.window.frames_per_block
-        latents = self.clips.latents[index, : s.blocks * per_block].float()
+        s, per_block, rows = self.settings, self.config.window.frames_per_block, self.ranks.rows(len(index))
+        latents = self.clips.latents[index[rows], : s.blocks * per_block].float().to(self.ranks.device)
         marks = {name: getattr(self.clips, name)[index] for name in GROUPS}
         batch = len(index)
-        cache = FunctionalKV(self.config)
-        memory = None if self.memory is None else StreamMemory(self.memory, self.config, batch)
-        memory_frames = 0 if self.memory is None else self.memory.config.frames
-        text = self.model.encode_text(self.text.embed([self.words[i] for i in index.tolist()]))
-        clean = self.model.condition(torch.zeros(1, 1))
+        stream = self.streams(self._encode_text(index, generator), len(latents))
+        clean = self.model.condition(torch.zeros(1, 1, device=self.ranks.device))
         losses, weights = [], []
         graded = range(s.blocks) if graded is None else graded
         for block in range(max(graded) + 1):
-            call = self.geometry.call(block * per_block, per_block, memory_frames=memory_frames)
-            if memory is not None:
-                # The state that all calls of a block but its first see.
-                memory.prepare(cache, call)
-                memory.publish()
-            read = None if memory is None else memory.read(call)
+            stream.begin()
+            stream.publish()  # the state that all calls of a block but its first see
             x0 = latents[:, block * per_block : (block + 1) * per_block]
-            predicted, sigma = x0, torch.ones(batch, 1, 1, 1, 1)
+            predicted, sigma = x0, torch.ones(len(x0), device=x0.device)
             u = torch.rand(batch, generator=generator)
-            own = block not in graded and torch.rand((), generator=generator) < s.own_context
+            own = block not in graded and bool(torch.rand((), generator=generator) < s.own_context)
             if block in graded or own:
                 again = marks["reappear"][:, block]
                 # What comes in or back is decided while there is much noise; of first sights only half are, or the
@@ -253,79 +243,78 @@ class FlowTrainer(Trainer):
                 first = marks["first_open"][:, block] & (torch.rand(batch, generator=generator) < 0.5)
                 if not own:
                     u = torch.where(again | first, s.reappear_noise + (1 - s.reappear_noise) * u, u)
-                sigma = (s.shift * u / (1 + (s.shift - 1) * u))[:, None, None, None, None]
-                noise = torch.randn(x0.shape, generator=generator)
-                x_t = (1 - sigma) * x0 + sigma * noise
+                sigma = shift_level(u, s.shift)[rows].to(x0.device)
+                noise = self.draw_noise(generator, x0.shape[1], batch)
+                x_t = add_noise(x0, noise, sigma)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not own):
-                    level = self.model.condition(1000 * sigma.view(batch, 1))
-                    flow = self.model(x_t, level, text, cache, call, read).float()
+                    flow = stream.flow(x_t, self.model.condition(1000 * sigma.view(-1, 1)))
                 if not own:
-                    square = (flow - (noise - x0)).square()
-                    if s.object_weight:
-                        share = 1 + s.object_weight * (1 - self.step / s.steps) * object_share(x0)
-                        square = square * (share / share.mean(dim=(1, 2, 3, 4), keepdim=True))
-                    losses.append(square.mean(dim=(1, 2, 3, 4)))
+                    object_weight = s.object_weight * (1 - self.step / s.steps)
+                    losses.append(flow_loss(flow, x0, noise, object_weight))
                     weights.append(torch.where(again, s.reappear_weight, 1.0))
-                predicted = x_t - sigma * flow.detach()
+                predicted = to_x0(x_t, flow.detach(), sigma)
             if block < max(graded):
-                with torch.no_grad():
-                    context = self._context(x0, predicted, sigma, 1.0 if own else s.own_context, generator)
-                    self.model(context, clean, text, cache, call, read, output=False)
-                torch.clear_autocast_cache()  # or weights cast here, without a gradient, would serve the next block
-        loss, weight = torch.stack(losses, 1), torch.stack(weights, 1)  # (B, blocks)
-        parts = {}
-        for name in GROUPS:
-            mask = marks[name][:, list(graded)]
-            if mask.any():
-                parts[name] = loss.detach()[mask].mean().item()
-        return (loss * weight).sum() / weight.sum(), parts
+                stream.show(self._context(batch, x0, predicted, sigma, 1.0 if own else s.own_context, generator), clean)
+        groups = {name: mark[:, list(graded)] for name, mark in marks.items()}
+        return self._graded(torch.stack(losses, 1), torch.stack(weights, 1), groups)
+
+    def clip_loss(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Flow-matching loss of the clips ``index`` ``(B,)`` as wholes: one noise level a clip, no window.
+
+        Returns:
+            As :meth:`loss`.
+        """
+        s, frames, rows = self.settings, self.config.window.frames_per_block, self.ranks.rows(len(index))
+        room = self.clips.closed.shape[1] - s.blocks
+        cut = torch.rand(len(index), generator=generator) < s.cut_share
+        first = torch.where(cut, torch.randint(room + 1, (len(index),), generator=generator), 0)
+        places = [slice(int(b), int(b) + s.blocks) for b in first]
+        starts = [(int(i), int(b) * FRAMES_PER_BLOCK) for i, b in zip(index, first, strict=True)][rows]
+        x0 = torch.stack([self.clips.latents[i, b : b + frames] for i, b in starts]).float().to(self.ranks.device)
+        text = self._encode_text(index, generator)
+        sigma = shift_level(torch.rand(len(index), generator=generator), s.shift)[rows].to(x0.device)
+        noise = self.draw_noise(generator, frames, len(index))
+        flow = clip_flow(self.model, self.geometry, add_noise(x0, noise, sigma), sigma, text)
+        error = (flow - (noise - x0)).square().mean(dim=(2, 3, 4))  # (B, F)
+        losses = error.unflatten(1, (s.blocks, FRAMES_PER_BLOCK)).mean(2)
+        groups = {
+            name: torch.stack([getattr(self.clips, name)[i, at] for i, at in zip(index, places, strict=True)])
+            for name in GROUPS
+        }
+        return self._graded(losses, torch.ones(len(index), s.blocks), groups)
+
+    def _graded(self, losses: Tensor, weight: Tensor, groups: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """Weigh this process's ``(B / processes, blocks)`` losses by the ``(B, blocks)`` weights of all."""
+        rows, everyone = self.ranks.rows(len(weight)), torch.zeros(weight.shape, device=losses.device)
+        weight = weight.to(losses.device)
+        loss = (losses * weight[rows]).sum() / weight.sum() * self.ranks.world
+        everyone[rows] = losses.detach()
+        everyone = self.ranks.total(everyone)
+        parts = {"loss": ((everyone * weight).sum() / weight.sum()).item()}
+        for name, mark in groups.items():
+            if mark.any():
+                parts[name] = everyone[mark].mean().item()
+        return loss, parts
+
+    def _encode_text(self, index: Tensor, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+        words = [self.words[i] for i in index.tolist()]
+        if self.settings.text_dropout:
+            dropped = torch.rand(len(words), generator=generator) < self.settings.text_dropout
+            words = [[] if drop else w for w, drop in zip(words, dropped.tolist(), strict=True)]
+        return self.model.encode_text(self.text.embed(words[self.ranks.rows(len(words))]))
 
     def _context(
-        self, x0: Tensor, predicted: Tensor, sigma: Tensor, own_share: float, generator: torch.Generator
+        self,
+        batch: int,
+        x0: Tensor,
+        predicted: Tensor,
+        sigma: Tensor,
+        own_share: float,
+        generator: torch.Generator,
     ) -> Tensor:
         """Latents for a context pass: noisy truth, or the model's own prediction, as it will meet in a rollout."""
-        s = self.settings
-        level = s.context_noise * torch.rand(sigma.shape, generator=generator)
-        noisy = x0 + level * torch.randn(x0.shape, generator=generator)
-        own = (torch.rand(sigma.shape, generator=generator) < own_share) & (sigma < 0.8)
-        return torch.where(own, predicted, noisy)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Weights and averaged weights."""
-        named = {f"weights.{name}": x.detach() for name, x in self.parameters()}
-        return named | {f"averaged.{name}": x for name, x in self.averaged.items()}
-
-    def load_tensors(self, named: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`tensors` returned."""
-        weights = {name.removeprefix("weights."): x for name, x in named.items() if name.startswith("weights.")}
-        load_parts({f"{name}.": part for name, part in self.modules().items()}, weights, str(self.checkpoint))
-        self.averaged = {n.removeprefix("averaged."): x for n, x in named.items() if n.startswith("averaged.")}
-
-    def export(self, codec: Codec, folder: Path | None = None) -> Path:
-        """Write the averaged weights as a model folder (by default ``out/model``) and return it."""
-        folder = self.out / "model" if folder is None else folder
-        own = {name: x.detach().clone() for name, x in self.parameters()}
-        self._set(self.averaged)
-        try:
-            save_checkpoint(folder, self.config, self.model, self.memory, self.text, codec)
-        finally:
-            self._set(own)
-        return find(folder)
-
-    @torch.no_grad()
-    def _set(self, values: dict[str, Tensor]) -> None:
-        for name, x in self.parameters():
-            x.copy_(values[name])
-
-
-def object_share(latents: Tensor) -> Tensor:
-    """How much each latent stands out from its row, 0 .. 1: scenes are the same all along a row, objects are not.
-
-    Args:
-        latents: ``(B, F, C, h, w)``, normalised.
-
-    Returns:
-        ``(B, F, 1, h, w)``.
-    """
-    away = (latents - latents.median(dim=-1, keepdim=True).values).square().mean(dim=2, keepdim=True)
-    return (away / _STANDS_OUT).clamp(max=1.0)
+        rows = self.ranks.rows(batch)
+        level = self.settings.context_noise * torch.rand(batch, generator=generator)[rows].to(x0.device)
+        noisy = x0 + per_sample(level) * self.draw_noise(generator, x0.shape[1], batch)
+        own = (torch.rand(batch, generator=generator)[rows].to(x0.device) < own_share) & (sigma < 0.8)
+        return torch.where(per_sample(own), predicted, noisy)

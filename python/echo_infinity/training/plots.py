@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
-def plot_lines(rows: Sequence[Mapping[str, float]], columns: Sequence[str], path: Path, title: str) -> None:
+def plot_lines(
+    rows: Sequence[Mapping[str, float]], columns: Sequence[str], path: Path, title: str, scale: str = "log"
+) -> None:
     """Draw columns of a log over its steps, smoothed; does nothing where matplotlib is not installed.
 
     Args:
@@ -14,6 +16,7 @@ def plot_lines(rows: Sequence[Mapping[str, float]], columns: Sequence[str], path
         columns: what to draw.
         path: PNG to write.
         title: above the plot.
+        scale: of the vertical axis, "log" for losses or "linear".
     """
     try:
         import matplotlib
@@ -33,7 +36,7 @@ def plot_lines(rows: Sequence[Mapping[str, float]], columns: Sequence[str], path
             for i in range(len(points))
         ]
         axes.plot([step for step, _ in points], smooth, label=name)
-    axes.set(xlabel="step", ylabel="loss", title=title, yscale="log")
+    axes.set(xlabel="step", ylabel="loss" if scale == "log" else "", title=title, yscale=scale)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

@@ -1,0 +1,272 @@
+"""What both stages of distribution matching share: teacher, fake score, their losses, probes for drift."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from echo_infinity.recall import StreamMemory
+from echo_infinity.training.denoiser import Denoiser, Prompts
+from echo_infinity.training.distributed import Ranks, clip_gradients, spread
+from echo_infinity.training.drift import DriftProbe, Measure, should_stop
+from echo_infinity.training.generator import GeneratorTrainer
+from echo_infinity.training.losses import add_noise, dmd_gradient, flow_loss, score_level, surrogate_loss
+from echo_infinity.training.passes import StreamPasses
+from echo_infinity.training.rollout import Levels, few_steps
+from echo_infinity.weights import Checkpoint, load_checkpoint
+
+MOST_GRADIENT = 10.0
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Settings that both stages have; the defaults are the paper's first stage.
+
+    Args:
+        steps: updates of the fake score.
+        ratio: updates of the fake score for one of the generator.
+        batch: rollouts side by side.
+        rate: learning rate of the generator.
+        memory_rate: the memory's as a multiple of it.
+        fake_rate: of the fake score.
+        warmup: steps of linear warm-up of the generator's rates.
+        guidance: scale of the teacher's classifier-free guidance.
+        shift: of the noise levels at which scores are compared.
+        student_steps: the student's warped steps.
+        chunk: latent frames that are scored at once, the teacher's clip.
+        ema: decay of the averaged weights, which are the ones exported.
+        accumulate: batches whose gradients make one update.
+        checkpointing: recompute everything but attention in the backward pass.
+        bf16: compute linears in bfloat16; weights, attention and losses stay float32.
+        probe_every: steps between measures of drift; 0 never measures.
+        probe_blocks: length of a measured rollout.
+        probe_streams: rollouts a measure.
+        patience: probes worse than the best before them that end the run; 0 never ends it.
+        margin: by which share they must be worse.
+        seed: of everything that is drawn.
+    """
+
+    steps: int = 6000
+    ratio: int = 5
+    batch: int = 8
+    rate: float = 2e-6
+    memory_rate: float = 5.0
+    fake_rate: float = 4e-7
+    warmup: int = 1
+    guidance: float = 3.0
+    shift: float = 5.0
+    student_steps: tuple[float, ...] = (1000, 750, 500, 250)
+    chunk: int = 21
+    ema: float = 0.99
+    accumulate: int = 1
+    checkpointing: bool = False
+    bf16: bool = True
+    probe_every: int = 0
+    probe_blocks: int = 40
+    probe_streams: int = 4
+    patience: int = 3
+    margin: float = 0.25
+    seed: int = 0
+
+
+class MatchingTrainer(GeneratorTrainer):
+    """A student, a frozen teacher and a fake score.
+
+    Args:
+        settings: of the run.
+        student: where the student starts; its policy is the one that is trained.
+        teacher: a bidirectional model.
+        fake: where the fake score starts.
+        prompts: to draw from.
+        out: the run's folder.
+        ranks: the processes that share the run.
+        measure: of drift; by default a :class:`DriftProbe`.
+
+    Raises:
+        ValueError: the models don't fit each other.
+    """
+
+    betas = (0.0, 0.999)
+    curves, extendable = ("dmd", "fake"), True
+    panels = {"gates.png": ("gate_mean", "gate_std"), "drift.png": ("drift",)}  # noqa: RUF012  never changed
+
+    def __init__(
+        self,
+        settings: Matching,
+        student: Checkpoint,
+        teacher: Checkpoint,
+        fake: Checkpoint,
+        prompts: Sequence[str],
+        out: Path,
+        ranks: Ranks | None = None,
+        measure: Measure | None = None,
+    ) -> None:
+        ranks = Ranks() if ranks is None else ranks
+        config = few_steps(student.config, settings.student_steps)
+        per_block = config.window.frames_per_block
+        if settings.chunk % per_block:
+            raise ValueError(f"chunk {settings.chunk} is no multiple of frames_per_block {per_block}")
+        if not prompts:
+            raise ValueError("there are no prompts to draw from")
+        self.teacher, self.fake = Denoiser(teacher, ranks, trained=False), Denoiser(fake, ranks, trained=True)
+        for name, model in (("teacher", self.teacher), ("fake score", self.fake)):
+            if model.frames != settings.chunk:
+                raise ValueError(f"the {name} reads clips of {model.frames} frames, chunk is {settings.chunk}")
+            if model.config.model.latent_channels != config.model.latent_channels:
+                raise ValueError(f"the {name}'s latents are not the student's")
+        self.prompts, self.levels = list(prompts), Levels(config)
+        self.codec = student.codec
+        identity = "\n".join([config.to_json(), student.fingerprint, teacher.fingerprint, fake.fingerprint])
+        super().__init__(settings, config, out, ranks, identity)
+        for block in self.fake.model.layers():
+            block.checkpointing = settings.checkpointing
+        self.measure = measure or DriftProbe(
+            tuple(self.prompts[i % len(self.prompts)] for i in range(settings.probe_streams)), settings.probe_blocks
+        )
+        self.start_from_checkpoint(student)
+
+    def other_optimisers(self, settings: Matching, ranks: Ranks) -> dict[str, Optimizer]:
+        """Shard teacher and fake score; make the fake score's optimiser."""
+        ranks.shard(self.teacher.model)
+        ranks.shard(self.fake.model)
+        parts = self.fake.model, self.fake.text
+        groups = [{"params": [x for x in part.parameters() if x.requires_grad]} for part in parts]
+        groups = [group for group in groups if group["params"]]
+        fused = ranks.world == 1
+        return {"fake_adam": AdamW(groups, lr=settings.fake_rate, betas=self.betas, weight_decay=0.01, fused=fused)}
+
+    def draw_prompts(self, generator: torch.Generator) -> list[int]:
+        """Draw the prompts of a whole batch, of all processes."""
+        return torch.randint(len(self.prompts), (self.settings.batch,), generator=generator).tolist()
+
+    def draw_levels(self, generator: torch.Generator) -> Tensor:
+        """Draw a whole batch's noise levels for scores and return this process's rows, ``(B,)``."""
+        u = torch.rand(self.settings.batch, generator=generator)
+        return score_level(u, self.settings.shift)[self.ranks.rows(len(u))].to(self.ranks.device)
+
+    def match(self, clip: Tensor, new: int, prompts: Prompts, generator: torch.Generator) -> tuple[Tensor, float]:
+        """Return the generator's loss on a clip, and the mean size of its gradient.
+
+        Args:
+            clip: ``(B, chunk, C, h, w)`` generated latents.
+            new: frames at the end that count; those before are another chunk's.
+            prompts: this process's.
+            generator: of noise and levels.
+        """
+        noise, sigma = self.draw_noise(generator, clip.shape[1]), self.draw_levels(generator)
+        with torch.no_grad():
+            x_t = add_noise(clip.detach(), noise, sigma)
+            flow = self.teacher.guided_flow(x_t, sigma, prompts, self.settings.guidance)
+            real = x_t - sigma.view(-1, 1, 1, 1, 1) * flow
+            fake = self.fake.x0(x_t, sigma, self.fake.encode(prompts))
+        counted = slice(clip.shape[1] - new, None)
+        gradient = dmd_gradient(clip[:, counted], real[:, counted], fake[:, counted])
+        return surrogate_loss(clip[:, counted], gradient).mean(), gradient.abs().mean().item()
+
+    def fake_loss(self, clip: Tensor, new: int, prompts: Prompts, generator: torch.Generator) -> Tensor:
+        """Return the fake score's loss: flow matching on what the student made."""
+        noise, sigma = self.draw_noise(generator, clip.shape[1]), self.draw_levels(generator)
+        clip = clip.detach()
+        flow = self.fake.flow(add_noise(clip, noise, sigma), sigma, self.fake.encode(prompts))
+        counted = slice(clip.shape[1] - new, None)
+        return flow_loss(flow[:, counted], clip[:, counted], noise[:, counted]).mean()
+
+    def update_generator(self) -> dict[str, float]:
+        """Step the generator and its averages; return gradient norms."""
+        self.set_rate(self.settings.rate, self.settings.warmup, floor=1.0)
+        trained = dict(self.trained())
+        self.ranks.average_gradients(trained.values())
+        row = {}
+        if memory := [x for name, x in trained.items() if name.startswith("memory.")]:
+            row["memory_grad_norm"] = clip_gradients(memory, float("inf"))
+        row["grad_norm"] = clip_gradients(list(trained.values()), MOST_GRADIENT)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.average(self.settings.ema)
+        return row
+
+    def update_fake(self) -> dict[str, float]:
+        """Step the fake score; return its gradient norm."""
+        trained = [x for _, x in self.fake.named_parameters() if x.requires_grad]
+        self.ranks.average_gradients(trained)
+        norm = clip_gradients(trained, MOST_GRADIENT)
+        self.optimisers["fake_adam"].step()
+        self.optimisers["fake_adam"].zero_grad(set_to_none=True)
+        return {"fake_grad_norm": norm}
+
+    def watch_gates(self, stream: StreamPasses, wanted: bool) -> list[Tensor]:
+        """Return a list that the gates of the stream's coming writes are put into, if they are wanted."""
+        gates: list[Tensor] = []
+        if isinstance(stream.recall, StreamMemory):
+            stream.recall.gates = gates if wanted else None
+        return gates
+
+    def gate_statistics(self, gates: Sequence[Tensor]) -> dict[str, float]:
+        """Return mean and standard deviation of gates, for the log."""
+        if not gates:
+            return {}
+        every = torch.stack([gate.float() for gate in gates])
+        return {"gate_mean": every.mean().item(), "gate_std": every.std().item()}
+
+    def probe(self) -> dict[str, float]:
+        """Measure drift where it is due; end the run, or keep the best model so far, as the measures say."""
+        s = self.settings
+        if not s.probe_every or (self.step and (self.step + 1) % s.probe_every):
+            return {}
+        device = self.ranks.device
+        parts: dict[str, Any] = self.averaged_parts()
+        drift = torch.zeros((), dtype=torch.float64, device=device)
+        if self.ranks.rank == 0:
+            parts = {name: part.to(device) for name, part in parts.items()}
+            codec = self.codec.to(device)
+            found = Checkpoint(self.config, parts["model"], parts.get("memory"), parts["text"], codec, "")
+            drift += self.measure(found)
+        value = self.ranks.total(drift).item()
+        history = [row["drift"] for row in self.log if "drift" in row] + [value]
+        if value == min(history):
+            self.export(self.codec, self.out / "best")
+        if should_stop(history, s.patience, s.margin):
+            self.why_ended = (
+                f"drift {value:.4f} a minute, best {min(history):.4f}; the model with the least is {self.out / 'best'}"
+            )
+        return {"drift": value}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights of generator and fake score, and averages."""
+        return super().tensors() | {f"fake.{name}": x.detach() for name, x in self.fake.named_parameters()}
+
+    @torch.no_grad()
+    def load_tensors(self, named: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`tensors` returned."""
+        super().load_tensors(named)
+        for name, x in self.fake.named_parameters():
+            x.copy_(spread(named[f"fake.{name}"], x))
+
+    def finish(self) -> None:
+        """Write the run's models: the student and the fake score."""
+        self.export(self.codec)
+        self.fake.export(self.out / "fake", self.codec, self.ranks)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
+    """Add the options that name a stage's models, prompts and folder."""
+    parser.add_argument("--student", required=True, help="folder of the model to start from")
+    parser.add_argument("--teacher", required=True, help="folder of a model from 'train flow --bidirectional'")
+    parser.add_argument("--fake", default=None, help="folder of the fake score to start from; default the teacher")
+    parser.add_argument("--prompts", type=Path, required=True, help="text file, a prompt a line, or a folder of clips")
+    parser.add_argument("--out", type=Path, default=Path("runs") / stage, help="folder of checkpoint, log and models")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--restart", action="store_true", help="ignore the checkpoint in --out")
+
+
+def load_models(args: argparse.Namespace) -> tuple[Checkpoint, Checkpoint, Checkpoint]:
+    """Load student, teacher and fake score."""
+    student, teacher = load_checkpoint(args.student), load_checkpoint(args.teacher)
+    return student, teacher, teacher if args.fake is None else load_checkpoint(args.fake)
