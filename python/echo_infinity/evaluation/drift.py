@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from echo_infinity.codec import SPACE_STRIDE
 from echo_infinity.evaluation.features import LEVELS, block_features, frechet
 from echo_infinity.evaluation.journal import Journal, Row
 from echo_infinity.evaluation.loops import LoopWatch, thumbnails
@@ -131,7 +132,7 @@ class Drift:
         shape = torch.zeros(1, 1, c.model.latent_channels, c.latent_rows, c.latent_columns)
         loops = LoopWatch(len(group), thumbnails(shape).shape[1])
         state = self.folder / f"streams-{group.start}.state.safetensors"
-        done, last = self._resume(state, rollout, loops)
+        done, last = self._resume(state, rollout, loops, {(r["stream"], r["minute"]) for r in journal.rows}, group)
         progress(min(done, test.minutes) * self.per_minute)
         if any(row.get("failed") for row in journal.rows if row["stream"] in group):
             progress((test.minutes - done) * self.per_minute)
@@ -185,12 +186,15 @@ class Drift:
         tensors |= {f"loops.{name}": x for name, x in loops.tensors().items()}
         write_state(state, {"minutes": minutes, "frame": rollout.sampler.frame}, tensors)
 
-    def _resume(self, state: Path, rollout: Rollout, loops: LoopWatch) -> tuple[int, Tensor]:
-        """Minutes that are done, and the last frames; none before the first."""
-        if not state.is_file():
-            size = self.checkpoint.config.latent_rows * 8, self.checkpoint.config.latent_columns * 8
-            return 0, torch.zeros(rollout.sampler.batch, 0, 3, *size, dtype=torch.uint8)
-        saved = read_state(state)
+    def _resume(
+        self, state: Path, rollout: Rollout, loops: LoopWatch, measured: set[tuple[int, int]], group: range
+    ) -> tuple[int, Tensor]:
+        """Minutes that are done, and the last frames; none where a minute before the saved state was not measured."""
+        c = self.checkpoint.config
+        fresh = torch.zeros(len(group), 0, 3, c.latent_rows * SPACE_STRIDE, c.latent_columns * SPACE_STRIDE)
+        saved = read_state(state) if state.is_file() else None
+        if saved is None or not all((i, minute) in measured for i in group for minute in range(saved.meta["minutes"])):
+            return 0, fresh.to(torch.uint8)
         rollout.load_tensors(part(saved.tensors, "rollout."), saved.meta["frame"])
         loops.load_tensors(part(saved.tensors, "loops."))
         return saved.meta["minutes"], saved.tensors["last"]
@@ -198,12 +202,16 @@ class Drift:
 
 @dataclass(frozen=True)
 class Trend:
-    """One measure of all streams: level in the first and the last minutes, the real worlds' level, slope per hour."""
+    """One measure of all streams: level in the first and the last minutes, slope per hour.
+
+    ``real`` is the level of real worlds of the same prompts through the codec, ``raw`` without it.
+    """
 
     measure: str
     start: float
     end: float
     real: float
+    raw: float
     slope: Slope
     first_hour: Slope | None  # of runs of two hours or more
     last_hour: Slope | None
@@ -268,7 +276,7 @@ def score(rows: Iterable[Row], prompts: Sequence[str], reference: Reference | No
     ratios = [
         np.nanmean(x) / r.levels["motion"] for x, i in zip(series["motion"], alive, strict=True) if (r := real[i])
     ]
-    motion = float(np.mean(ratios)) if ratios else float("nan")
+    motion = _mean([float(x) for x in ratios])
     return DriftScore(
         minutes, trends, motion, count("ran away", "not finite"), count("frozen"), count("loops"), reasons
     )
@@ -304,22 +312,26 @@ def verdicts(series: dict[str, np.ndarray], real: Real | None, tail: Sequence[Ro
 def _trend(name: str, series: np.ndarray, real: Sequence[Real | None]) -> Trend:
     hours = (np.arange(series.shape[1]) + 0.5) / 60
     edges = np.array([_edges(x) for x in series])
+    known = [r for r in real if r is not None]
     if name == "distance":
-        levels = [float(np.mean(r.own_distances())) for r in real if r is not None]
+        levels, raw = [float(np.mean(r.own_distances())) for r in known], []
     else:
-        levels = [r.levels[name] for r in real if r is not None]
-    mean_real = float(np.mean(levels)) if levels else float("nan")
+        levels, raw = [r.levels[name] for r in known], [r.raw[name] for r in known]
     first = last = None
     if len(hours) >= 120:
         first, last = (drift_slope(hours[span], series[:, span]) for span in (slice(0, 60), slice(-60, None)))
     start, end = (float(x) for x in edges.mean(0))
-    return Trend(name, start, end, mean_real, drift_slope(hours, series), first, last)
+    return Trend(name, start, end, _mean(levels), _mean(raw), drift_slope(hours, series), first, last)
 
 
 def _edges(x: np.ndarray) -> tuple[float, float]:
     """Medians of the first and of the last minutes."""
     edge = max(1, min(_EDGE, len(x) // 4))
     return float(np.median(x[:edge])), float(np.median(x[-edge:]))
+
+
+def _mean(x: Sequence[float]) -> float:
+    return sum(x) / len(x) if x else float("nan")
 
 
 def _minute_of(row: Row) -> int:

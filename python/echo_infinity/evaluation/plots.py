@@ -57,8 +57,9 @@ def _recall(runs: Sequence[Run], path: Path) -> None:
             spread = [[s - c.colour.interval[0] for s, c in zip(y, some, strict=True)]]
             spread.append([c.colour.interval[1] - s for s, c in zip(y, some, strict=True)])
             ax.bar(x, y, 0.75 / len(found), yerr=spread, capsize=3, label=name)
-        ax.axhline(controls["chance"], color="grey", linestyle=":", label="chance")
-        ax.axhline(controls["codec"], color="black", linestyle="--", label="truth through the codec")
+        for control, label, style in (("chance", "chance", ":"), ("codec", "truth through the codec", "--")):
+            if control in controls:
+                ax.axhline(controls[control], color="black", linestyle=style, label=label)
         ax.set_xticks(range(len(absences)), [f"{a:g}" for a in absences])
         ax.set(title=mode, xlabel="windows out of sight", ylim=(0, 1.05))
     axes[0][0].set_ylabel("right colour, share of what was asked")

@@ -308,12 +308,10 @@ def cells(rows: Iterable[Row]) -> list[Cell]:
         asked = [row for row in group if row["asked"]]
         if mode == "free" and absence is None:
             continue  # nothing went out of sight and came back: counted in ``rollouts`` alone
-        colour, shape, place, every = (
-            Share(sum(row[name] for row in asked), len(asked)) for name in ("colour", "shape", "place", "all")
-        )
-        strict = None if mode == "free" else Share(colour.right, len(group))
-        rollouts = free if mode == "free" else len(group)
-        found.append(Cell(mode, absence, rollouts, len(asked), colour, shape, place, every, strict))
+        names = ("colour", "shape", "place", "all")
+        colour, shape, place, whole = (Share(sum(row[name] for row in asked), len(asked)) for name in names)
+        of_all = (free, None) if mode == "free" else (len(group), Share(colour.right, len(group)))
+        found.append(Cell(mode, absence, of_all[0], len(asked), colour, shape, place, whole, of_all[1]))
     return found
 
 
