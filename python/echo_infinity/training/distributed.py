@@ -96,11 +96,13 @@ class Ranks:
         whole = [x for x in parameters if x.requires_grad and not isinstance(x, DTensor)]
         if not whole:
             return
-        for x in whole:
-            if x.grad is None:  # no row of this process reached it; another process's may have
-                x.grad = torch.zeros_like(x)
-        flat = torch.cat([x.grad.flatten() for x in whole if x.grad is not None])
-        flat = self.total(flat) / self.world
+        # What no process reached keeps no gradient, as alone: an optimiser leaves it as it is.
+        reached = self.total(torch.tensor([float(x.grad is not None) for x in whole], device=self.device)).tolist()
+        whole = [x for x, count in zip(whole, reached, strict=True) if count]
+        grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in whole]
+        if not grads:
+            return
+        flat = self.total(torch.cat([grad.flatten() for grad in grads])) / self.world
         for x, mean in zip(whole, flat.split([x.numel() for x in whole]), strict=True):
             x.grad = mean.view_as(x)
 
