@@ -14,6 +14,7 @@ from echo_infinity.cache import KV
 from echo_infinity.codec import SPACE_STRIDE, TIME_STRIDE
 from echo_infinity.memory import EvolvingMemory
 from echo_infinity.noise import Noise
+from echo_infinity.parts import LatentsOnly, PartOptions
 from echo_infinity.sampler import Generator
 from echo_infinity.settings import Callback, PromptChange, StreamSettings, frame_count
 from echo_infinity.state import SavedStream, check_model, environment, read_state, warn_differences
@@ -45,20 +46,23 @@ class EchoPipeline:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         relative_ids: bool | None = None,
+        **parts: Any,
     ) -> EchoPipeline:
         """Load a model.
 
         Args:
             name_or_folder: a bundled model's name or a checkpoint's folder.
-            dtype: of model, memory and text; the codec stays float32.
+            dtype: of model, memory and learned text; the codec stays float32.
             device: where everything runs.
             relative_ids: override the configuration's relative (True) or absolute (False) frame ids, as an ablation.
+            parts: which text encoder and decoder, and how: fields of :class:`echo_infinity.parts.PartOptions`.
 
         Raises:
             ValueError: unknown name, impossible geometry, or missing, corrupt or truncated files.
             FileNotFoundError: a checkpoint's file is missing.
+            MissingExtraError: a part needs a library that is not installed.
         """
-        checkpoint = load_checkpoint(name_or_folder, dtype=dtype, device=device)
+        checkpoint = load_checkpoint(name_or_folder, dtype=dtype, device=device, parts=PartOptions(**parts))
         if relative_ids is not None:
             window = replace(checkpoint.config.window, relative=relative_ids)
             checkpoint = checkpoint._replace(config=replace(checkpoint.config, window=window))
@@ -110,6 +114,8 @@ class EchoPipeline:
         settings = StreamSettings(
             seed, noise, memory, memory_dtype, output_type, callback, autosave, autosave_every
         )  # fmt: skip
+        if output_type == "pixels" and isinstance(self.codec, LatentsOnly):
+            raise ValueError(self.codec.reason)
         return Stream(self, PromptChange(prompt, 0), settings)
 
     def resume(
