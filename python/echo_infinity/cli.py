@@ -26,6 +26,10 @@ _DELEGATED = {
         "rollout": "echo_infinity.evaluation.rollout",
     },
 }
+# The same without a second word.
+_COMMANDS = {
+    "convert": ("echo_infinity.commands.convert", "make a model folder of other people's checkpoints"),
+}
 _HELP = {"train": "train a part of the bundled model", "evaluate": "measure what a model does"}
 
 
@@ -65,13 +69,15 @@ def _info(args: argparse.Namespace) -> int:
 
 def _delegate(args: argparse.Namespace) -> int:
     """Parse the rest with the options of the module that does the work, and run it."""
-    module = importlib.import_module(_DELEGATED[args.command][args.what])
-    parser = _Parser(prog=f"echo-infinity {args.command} {args.what}", description=module.__doc__)
+    words = [args.command, *([args.what] if args.command in _DELEGATED else [])]
+    home = _DELEGATED[args.command][args.what] if args.command in _DELEGATED else _COMMANDS[args.command][0]
+    module = importlib.import_module(home)
+    parser = _Parser(prog=" ".join(["echo-infinity", *words]), description=module.__doc__)
     module.add_arguments(parser)
     given = parser.parse_args(args.rest)
     try:
         return int(module.run(given) or 0)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise UserError(str(error)) from error
 
 
@@ -81,6 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands.add_parser("generate", help="stream a prompt into a video"))
     info = commands.add_parser("info", help="say what is installed, built and bundled")
     info.set_defaults(handler=_info)
+    for name, (_, text) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")
+        command.add_argument("rest", nargs=argparse.REMAINDER)
+        command.set_defaults(handler=_delegate)
     for name, modules in _DELEGATED.items():
         command = commands.add_parser(name, help=_HELP[name])
         command.add_argument("what", choices=list(modules))

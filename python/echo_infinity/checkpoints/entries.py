@@ -15,7 +15,7 @@ from torch import Tensor
 
 WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INDEX_SUFFIX = ".index.json"
-_REMAP_BYTES = 64 << 20  # pages of a mapped .pt that may stay resident before it is mapped afresh
+_REMAP_BYTES = 16 << 20  # pages of a mapped .pt that may stay resident before it is mapped afresh
 
 
 @dataclass(frozen=True)

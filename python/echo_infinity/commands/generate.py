@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """
     try:
         job = _prepare(args)
-    except (ValueError, OSError, VideoWriteError) as error:
+    except (ValueError, OSError, ImportError, VideoWriteError) as error:
         raise UserError(str(error)) from error
     begun, first = time.monotonic(), job.writer.position().frames
     fps = job.stream.pipe.fps
