@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -224,9 +225,8 @@ def _why_no_weight(x: Tensor) -> str:
 def _reason(error: Exception) -> str:
     """The one sentence of torch's message that names the cause; its advice is to switch the safety off."""
     text = " ".join(str(error).split())
-    if "Unsupported global: GLOBAL " in text:
-        what = text.split("Unsupported global: GLOBAL ")[1].split(" ")[0]
-        return f"it holds {what}, which is code or an object and no tensor"
+    if found := re.search(r"(?:global: |unsupported )GLOBAL (\S+)", text):
+        return f"it holds {found[1]}, which is code or an object and no tensor"
     return f"{type(error).__name__}: {text[:200]}"
 
 
