@@ -16,6 +16,9 @@ _GOLDEN = {"value": 2e-5, "residual_sink_anchor": 5e-5, "gradient": 1e-5}
 # A codec fed chunk by chunk against the whole video at once: same sums, other shapes, so other summation orders.
 STREAM_TOLERANCE = 1e-5
 
+# The same weights in a library that no one here wrote, float32: absolute, for values of about 1.
+_LIBRARY = 1e-5
+
 
 def assert_no_worse_than(actual: Tensor, budget: Tensor, oracle: Tensor, *, factor: float = 2.0) -> None:
     """Check that ``actual`` (kernel) errs at most ``factor`` times what ``budget`` (PyTorch, same dtype) does.
@@ -47,6 +50,13 @@ def assert_stream_equal(actual: Tensor, expected: Tensor) -> None:
     """Check what came out chunk by chunk against the whole at once."""
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, whole {tuple(expected.shape)}"
     _assert_within(actual, expected, STREAM_TOLERANCE)
+
+
+def assert_library_equal(actual: Tensor, expected: Tensor) -> None:
+    """Check against what another library computed, or made of weights, in float32."""
+    assert actual.dtype == expected.dtype == torch.float32
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, the library's {tuple(expected.shape)}"
+    _assert_within(actual, expected, _LIBRARY)
 
 
 def assert_same_bits(actual: Any, expected: Any, where: str = "") -> None:
