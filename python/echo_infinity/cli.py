@@ -29,6 +29,7 @@ _DELEGATED = {
 # The same without a second word.
 _COMMANDS = {
     "convert": ("echo_infinity.commands.convert", "make a model folder of other people's checkpoints"),
+    "embed": ("echo_infinity.commands.embed", "compute prompts' embeddings, so that a run needs no text encoder"),
 }
 _HELP = {"train": "train a part of the bundled model", "evaluate": "measure what a model does"}
 

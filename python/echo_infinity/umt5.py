@@ -107,6 +107,18 @@ class Umt5Text:
             out[i, : len(row)] = row
         return out
 
+    def save(self, prompts: Sequence[str], path: str | os.PathLike[str]) -> None:
+        """Embed prompts into a file for :class:`PrecomputedText`, with which a machine needs no encoder.
+
+        Raises:
+            ValueError: a prompt is empty.
+            OSError: the disk refused.
+        """
+        from echo_infinity.weights import write_tensors
+
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, {prompt: self._one(prompt).contiguous() for prompt in prompts}, {})
+
     def _one(self, prompt: str) -> Tensor:
         text = clean_prompt(prompt)
         path = None if self.cache is None else self.cache / f"{self._digest(text)}.safetensors"
