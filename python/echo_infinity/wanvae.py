@@ -160,4 +160,5 @@ class WanVae(nn.Module):
 
 def _pack(features: list[Any], part: str) -> State:
     """The same list as tensors that can be saved: the mark is an empty one, None is left out."""
-    return {f"{part}.{i}": torch.zeros(0) if isinstance(x, str) else x for i, x in enumerate(features) if x is not None}
+    held = {f"{part}.{i}": x for i, x in enumerate(features) if x is not None}
+    return {name: torch.zeros(0) if isinstance(x, str) else x.contiguous() for name, x in held.items()}
