@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,10 +29,14 @@ class EchoPipeline:
     Args:
         checkpoint: a generator's parts, from :func:`echo_infinity.weights.load_checkpoint`.
         source: where it came from; kept in saved streams, for the command line to find it again.
+        parts: which text encoder and decoder were asked for; kept with the source.
     """
 
-    def __init__(self, checkpoint: Checkpoint, source: str | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, source: str | None = None, parts: Mapping[str, str] | None = None
+    ) -> None:
         self.config, self.fingerprint, self.source = checkpoint.config, checkpoint.fingerprint, source
+        self.parts = dict(parts or {})
         self.model, self.memory, self.codec = checkpoint.model, checkpoint.memory, checkpoint.codec
         self._text = checkpoint.text
         parameter = next(self.model.parameters())
@@ -67,7 +72,10 @@ class EchoPipeline:
             window = replace(checkpoint.config.window, relative=relative_ids)
             checkpoint = checkpoint._replace(config=replace(checkpoint.config, window=window))
         source = os.path.abspath(name_or_folder) if os.path.isdir(name_or_folder) else os.fspath(name_or_folder)
-        return cls(checkpoint, source)
+        kept = {name: str(parts[name]) for name in ("text", "text_keep", "decoder") if parts.get(name) is not None}
+        if "text" in kept:
+            kept["text"] = os.path.abspath(kept["text"])
+        return cls(checkpoint, source, kept)
 
     @property
     def fps(self) -> int:

@@ -262,6 +262,7 @@ class Stream:
             "config": json.loads(self.pipe.config.to_json()),
             "fingerprint": self.pipe.fingerprint,
             "source": self.pipe.source,
+            "parts": self.pipe.parts,
             "environment": environment(self.pipe.device, self.pipe.dtype),
             "seed": s.seed,
             "noise": "counter" if s.noise is None else "injected",

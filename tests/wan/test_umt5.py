@@ -1,5 +1,7 @@
 """The UMT5 text encoder: transformers' numbers, zeros past the length, encoded once, freed and replaced."""
 
+import sys
+
 import pytest
 import torch
 from echo_infinity.checkpoints.parts import write_text
@@ -194,8 +196,6 @@ def test_precomputed_embeddings_of_another_shape_are_refused(tmp_path, shape):
 
 
 def test_a_missing_library_names_the_extra(folder, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'echo-infinity\[wan\]'"):
         text_of(folder).encode([PROMPT])

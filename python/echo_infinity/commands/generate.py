@@ -138,7 +138,10 @@ def _load(args: argparse.Namespace, saved: SavedStream | None) -> EchoPipeline:
     cuda = torch.cuda.is_available() and then.get("device", "cuda").startswith("cuda")
     model = args.model or (saved.meta["source"] if saved is not None else None) or "tiny"
     dtype = getattr(torch, args.dtype or then.get("dtype", "float32"))
-    pipe = EchoPipeline.from_pretrained(model, dtype=dtype, device=args.device or ("cuda" if cuda else "cpu"))
+    kept = {} if saved is None else saved.meta.get("parts", {})
+    given = {name: getattr(args, name) for name in ("text", "text_keep", "decoder") if getattr(args, name) is not None}
+    device = args.device or ("cuda" if cuda else "cpu")
+    pipe = EchoPipeline.from_pretrained(model, dtype=dtype, device=device, **{**kept, **given})
     c = pipe.config
     small = c.window.frames_per_block * c.tokens_per_frame * c.model.width < _SMALL_BLOCK
     torch.set_num_threads(args.threads or then.get("threads") or (1 if small else torch.get_num_threads()))
