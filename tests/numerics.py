@@ -19,6 +19,9 @@ STREAM_TOLERANCE = 1e-5
 # The same weights in a library that no one here wrote, float32: absolute, for values of about 1.
 _LIBRARY = 1e-5
 
+# A rollout with weights or cache in e4m3 against the one in full: root mean square, relative; one rounding of e4m3.
+_FP8 = 1 / 16
+
 
 def assert_no_worse_than(actual: Tensor, budget: Tensor, oracle: Tensor, *, factor: float = 2.0) -> None:
     """Check that ``actual`` (kernel) errs at most ``factor`` times what ``budget`` (PyTorch, same dtype) does.
@@ -57,6 +60,14 @@ def assert_library_equal(actual: Tensor, expected: Tensor) -> None:
     assert actual.dtype == expected.dtype == torch.float32
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, the library's {tuple(expected.shape)}"
     _assert_within(actual, expected, _LIBRARY)
+
+
+def assert_fp8_close(actual: Tensor, expected: Tensor) -> None:
+    """Check a rollout in eight bits against the one in full."""
+    assert actual.shape == expected.shape
+    difference = (actual.double() - expected.double()).square().mean().sqrt().item()
+    size = expected.double().square().mean().sqrt().item()
+    assert difference <= _FP8 * size, f"root mean square error {difference / size:.3e} > allowed {_FP8:.3e}"
 
 
 def assert_same_bits(actual: Any, expected: Any, where: str = "") -> None:

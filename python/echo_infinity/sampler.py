@@ -11,6 +11,7 @@ from torch import Tensor
 from echo_infinity.cache import KV, Call, Geometry, RingKV
 from echo_infinity.config import EchoConfig
 from echo_infinity.finite import FiniteWatch
+from echo_infinity.fp8 import Fp8RingKV
 from echo_infinity.graphs import BlockGraphs
 from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.model import CausalDiT, Conditioning
@@ -26,16 +27,19 @@ class Generator:
         config: geometry and sampler settings.
         model: the DiT.
         memory: the evolving memory; None streams without one.
+        kv: how streams keep keys and values, "full" or "fp8".
 
     Raises:
         ValueError: the memory is not the one that ``config`` describes.
     """
 
-    def __init__(self, config: EchoConfig, model: CausalDiT, memory: EvolvingMemory | None) -> None:
+    def __init__(
+        self, config: EchoConfig, model: CausalDiT, memory: EvolvingMemory | None, *, kv: str = "full"
+    ) -> None:
         s = config.sampler
         if memory is not None and _thawed(memory.config) != _thawed(config.memory):
             raise ValueError(f"memory is {memory.config}, the configuration says {config.memory}")
-        self.config, self.model, self.memory = config, model, memory
+        self.config, self.model, self.memory, self.kv = config, model, memory, kv
         self.device, self.dtype = model.head.head.weight.device, model.head.head.weight.dtype
         self.schedule = FlowSchedule(s.shift)
         self.timesteps = self.schedule.warp(s.steps) if s.warp else [float(t) for t in s.steps]
@@ -80,7 +84,8 @@ class BlockSampler:
         config = generator.config
         self.generator, self.text, self.noise, self.batch = generator, text, noise, batch
         self.frame = 0
-        self.cache = RingKV(config, batch, generator.dtype, generator.device)
+        ring = Fp8RingKV if generator.kv == "fp8" else RingKV
+        self.cache = ring(config, batch, generator.dtype, generator.device)
         self.memory = None if generator.memory is None else StreamMemory(generator.memory, config, batch, memory_dtype)
         m, w = config.model, config.window
         self._shape = (batch, w.frames_per_block, m.latent_channels, config.latent_rows, config.latent_columns)

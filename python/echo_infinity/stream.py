@@ -22,7 +22,7 @@ from echo_infinity.lane import Lane
 from echo_infinity.noise import counter_noise
 from echo_infinity.sampler import BlockSampler
 from echo_infinity.settings import PromptChange, StreamSettings
-from echo_infinity.state import SavedStream, SavedVideo, environment, write_state
+from echo_infinity.state import SavedStream, SavedVideo, write_state
 
 if TYPE_CHECKING:
     from echo_infinity.pipeline import EchoPipeline
@@ -263,7 +263,7 @@ class Stream:
             "fingerprint": self.pipe.fingerprint,
             "source": self.pipe.source,
             "parts": self.pipe.parts,
-            "environment": environment(self.pipe.device, self.pipe.dtype),
+            "environment": self.pipe.environment(),
             "seed": s.seed,
             "noise": "counter" if s.noise is None else "injected",
             "memory": s.memory,

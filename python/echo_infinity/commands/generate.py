@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -31,6 +32,7 @@ from echo_infinity.video import NullWriter, VideoPosition, VideoWriteError, Vide
 
 # Blocks of fewer values than this (tokens x width) are done sooner by one thread than shared out.
 _SMALL_BLOCK = 2**17
+_PARTS = ("text", "text_device", "text_keep", "decoder", "decoder_dtype", "weights", "kv")
 _EVERY = 0.2  # seconds between refreshes of the progress bar
 
 
@@ -137,11 +139,12 @@ def _load(args: argparse.Namespace, saved: SavedStream | None) -> EchoPipeline:
     then = {} if saved is None else saved.meta["environment"]
     cuda = torch.cuda.is_available() and then.get("device", "cuda").startswith("cuda")
     model = args.model or (saved.meta["source"] if saved is not None else None) or "tiny"
-    dtype = getattr(torch, args.dtype or then.get("dtype", "float32"))
-    kept = {} if saved is None else saved.meta.get("parts", {})
-    given = {name: getattr(args, name) for name in ("text", "text_keep", "decoder") if getattr(args, name) is not None}
-    device = args.device or ("cuda" if cuda else "cpu")
-    pipe = EchoPipeline.from_pretrained(model, dtype=dtype, device=device, **{**kept, **given})
+    dtype = getattr(torch, args.dtype or then.get("dtype", "float32").partition(",")[0])
+    parts: dict[str, Any] = {} if saved is None else dict(saved.meta.get("parts", {}))
+    parts |= {name: getattr(args, name) for name in _PARTS if getattr(args, name) is not None}
+    if "decoder_dtype" in parts:
+        parts["decoder_dtype"] = getattr(torch, parts["decoder_dtype"])
+    pipe = EchoPipeline.from_pretrained(model, dtype=dtype, device=args.device or ("cuda" if cuda else "cpu"), **parts)
     c = pipe.config
     small = c.window.frames_per_block * c.tokens_per_frame * c.model.width < _SMALL_BLOCK
     torch.set_num_threads(args.threads or then.get("threads") or (1 if small else torch.get_num_threads()))
