@@ -104,18 +104,25 @@ class TinyDecoder(nn.Module):
         channels = self.config.latent_channels
         if latents.ndim != 5 or latents.shape[2] != channels or latents.shape[1] == 0:
             raise ValueError(f"latents must be (B, F >= 1, {channels}, h, w), got {tuple(latents.shape)}")
-        batch, carried = latents.shape[0], {}
-        x = latents.flatten(0, 1).to(self.dtype)
+        frames, carried = [], state
+        for x in latents.to(self.dtype).unbind(1):  # one at a time: twelve frames at full size would take gigabytes
+            part, carried = self._frames(x, carried)
+            frames.append(part)
+        out = torch.cat(frames, 1).float().clamp(0, 1) * 2 - 1
+        return (out if state else out[:, TIME_STRIDE - 1 :]), carried or {}
+
+    def _frames(self, x: Tensor, before: State | None) -> tuple[Tensor, State]:
+        """``(B, C, h, w)`` to ``(B, 4, 3, 8 h, 8 w)``, and the state after it."""
+        batch, after = len(x), {}
         for i, module in enumerate(self.decoder):
             if not isinstance(module, _Memory):
                 x = module(x)
                 continue
-            name, frames = f"{_PREFIX}{i}", x.unflatten(0, (batch, -1))
-            first = _carried(state, name, frames[:, 0])
-            carried[name] = frames[:, -1].clone()
-            x = module(x, torch.cat([first[:, None], frames[:, :-1]], 1).flatten(0, 1))
-        frames = x.unflatten(0, (batch, -1)).float().clamp(0, 1) * 2 - 1
-        return (frames if state else frames[:, TIME_STRIDE - 1 :]), carried
+            name, now = f"{_PREFIX}{i}", x.unflatten(0, (batch, -1))
+            first = _carried(before, name, now[:, 0])
+            after[name] = now[:, -1].clone()
+            x = module(x, torch.cat([first[:, None], now[:, :-1]], 1).flatten(0, 1))
+        return x.unflatten(0, (batch, -1)), after
 
     def encode(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Refuse: this codec only decodes.

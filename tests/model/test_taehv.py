@@ -53,6 +53,7 @@ def test_any_chunking_equals_the_layout_spelt_out(cuts, batch):
         parts, at = [*parts, part], at + count
     assert expected.shape == (batch, 4 * sum(cuts) - 3, 3, 24, 32)
     assert_stream_equal(torch.cat(parts, 1), expected)
+    assert_same_bits(torch.cat(parts, 1), decoder.decode(latents)[0])
 
 
 def test_names_are_those_of_the_layout():
