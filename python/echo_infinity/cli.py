@@ -30,6 +30,7 @@ _DELEGATED = {
 _COMMANDS = {
     "convert": ("echo_infinity.commands.convert", "make a model folder of other people's checkpoints"),
     "embed": ("echo_infinity.commands.embed", "compute prompts' embeddings, so that a run needs no text encoder"),
+    "plan": ("echo_infinity.commands.plan", "say what memory a model takes, and what fits a GPU"),
 }
 _HELP = {"train": "train a part of the bundled model", "evaluate": "measure what a model does"}
 
