@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
@@ -29,6 +31,18 @@ def narrow(x: Tensor, dim: int = -1) -> KV:
 def widen(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """What :func:`narrow` rounded, in ``dtype``."""
     return (codes.view(E4M3).float() * scale).to(dtype)
+
+
+def convert_cache(named: Mapping[str, Tensor], kv: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Saved tensors of a stream as one that keeps its cache the way ``kv`` says has them; others stay as they are."""
+    found = dict(named)
+    layers = 1 + max((int(name.split(".")[2]) for name in named if name.startswith("cache.k.")), default=-1)
+    for name in [f"cache.{kind}.{i}" for kind in "kv" for i in range(layers - 1)]:
+        if kv == "fp8" and name in found:
+            found[f"{name}.codes"], found[f"{name}.scale"] = narrow(found.pop(name))
+        elif kv == "full" and {f"{name}.codes", f"{name}.scale"} <= found.keys():
+            found[name] = widen(found.pop(f"{name}.codes"), found.pop(f"{name}.scale"), dtype)
+    return found
 
 
 class Fp8Linear(nn.Module):

@@ -11,13 +11,14 @@ from torch import Tensor
 from echo_infinity.cache import KV, Call, Geometry, RingKV
 from echo_infinity.config import EchoConfig
 from echo_infinity.finite import FiniteWatch
-from echo_infinity.fp8 import Fp8RingKV
+from echo_infinity.fp8 import Fp8RingKV, convert_cache
 from echo_infinity.graphs import BlockGraphs
 from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.model import CausalDiT, Conditioning
 from echo_infinity.noise import Noise
 from echo_infinity.recall import StreamMemory
 from echo_infinity.schedule import FlowSchedule
+from echo_infinity.undo import BlockUndo
 
 
 class Generator:
@@ -115,14 +116,20 @@ class BlockSampler:
         Raises:
             NonFiniteError: the block holds NaN or Inf (on a GPU perhaps an earlier one: the loop does not wait for the
                 answer); the stream's window and memory may be spoilt: resume from the last saved state.
+            OutOfMemoryError: torch's; the stream is where it was before the block, and can be saved or tried again.
         """
         self.finite.check()
         call = self._call(self.frame, self._shape[1])
+        undo = BlockUndo(self.cache, self.memory, call)
         x = None
-        if self.graphs is not None and not self.graphs.why_not(call):
-            x = self.graphs.run(call)
-        if x is None:
-            x = self.run_calls(call, self.draw)
+        try:
+            if self.graphs is not None and not self.graphs.why_not(call):
+                x = self.graphs.run(call)
+            if x is None:
+                x = self.run_calls(call, self.draw)
+        except torch.OutOfMemoryError:
+            undo.back()
+            raise
         self.finite.note(x, self.block)
         self._remember(x)
         return x
@@ -203,9 +210,11 @@ class BlockSampler:
             call = self._call(self.frame - w.local_frames, w.local_frames, recache=True)
         else:
             call = self._call(self.frame - w.window_frames, w.window_frames, recache=True, sink_ids=False)
-        flow = self._flow(self._recent(call.frames), 0.0, call)
-        if saved is not None:
-            self.cache.restore_sink(saved)
+        try:
+            flow = self._flow(self._recent(call.frames), 0.0, call)
+        finally:  # after a failure too: the switch can be tried again, since it makes the rest anew
+            if saved is not None:
+                self.cache.restore_sink(saved)
         if memory_recache and self.memory is not None and self.memory.active:
             self.memory.rewrite(self.cache.local(self.frame), self.cache)
         return flow
@@ -224,6 +233,7 @@ class BlockSampler:
         """
         own = {name: x for name, x in self.tensors().items() if not name.startswith("memory.")}
         given = {name: x for name, x in named.items() if not name.startswith("memory.")}
+        given = convert_cache(given, self.generator.kv, self.generator.dtype)
         if own.keys() != given.keys():
             raise ValueError(
                 f"missing or unexpected in the saved stream: {', '.join(sorted(own.keys() ^ given.keys()))}"

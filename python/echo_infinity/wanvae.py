@@ -154,7 +154,7 @@ class WanVae(nn.Module):
             kind, _, index = name.partition(".")
             if kind != part or not index.isdigit() or int(index) >= len(features):
                 raise ValueError(f"state {name!r} is no part of this VAE's {part}; start a new stream")
-            features[int(index)] = _REPEAT if x.numel() == 0 else x
+            features[int(index)] = _REPEAT if x.numel() == 0 else x.to(self.dtype)
         return features
 
 

@@ -33,6 +33,11 @@ from echo_infinity.video import NullWriter, VideoPosition, VideoWriteError, Vide
 # Blocks of fewer values than this (tokens x width) are done sooner by one thread than shared out.
 _SMALL_BLOCK = 2**17
 _PARTS = ("text", "text_device", "text_keep", "decoder", "decoder_dtype", "weights", "kv")
+# What may differ when a stream goes on; another decoder or size needs a new stream.
+_LOWER = (
+    "to take less, add --text-device cpu, --decoder-dtype bfloat16, --kv fp8 or --weights fp8; "
+    "'echo-infinity plan --gpu 24GB' says what fits"
+)
 _EVERY = 0.2  # seconds between refreshes of the progress bar
 
 
@@ -75,6 +80,10 @@ def run(args: argparse.Namespace) -> int:
             done = recorder.run(stop)
         except (NonFiniteError, VideoWriteError, OSError) as error:
             return _failed(args, recorder, error)
+        except torch.OutOfMemoryError as error:
+            code = _failed(args, recorder, RuntimeError(f"out of memory: {str(error).splitlines()[0]}"))
+            _say(_LOWER)
+            return code
         if not done:
             return _interrupted(args, recorder)
         if args.save is not None or args.autosave is not None or args.resume is not None:
