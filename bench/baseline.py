@@ -1,6 +1,7 @@
 """Time the engine against the naive loop it has to beat, waste by waste, in one run on one machine.
 
     python bench/baseline.py --blocks 5 --dtype both --threads 2
+    python bench/baseline.py --device cuda --geometry official --dtype bf16
 
 Blocks of all loops take turns, so that a noisy neighbour hits each of them alike; CPU seconds stand beside the
 clock's, since they leave out the time others had the cores. Prints a table and writes JSON to bench/results/. Set
@@ -22,7 +23,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from echo_infinity.config import EchoConfig, ModelConfig, WindowConfig
+from echo_infinity.config import EchoConfig, ModelConfig, WindowConfig, preset
 from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.model import CausalDiT
 from echo_infinity.noise import counter_noise
@@ -33,7 +34,10 @@ from torch import Tensor
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 WARM_BLOCKS = 7  # fills the window, saturates the ids, and times nothing of the first blocks
 
+GRAPH_BLOCKS = 7  # until the engine's graphs are captured, on a GPU
+
 GEOMETRIES = {
+    "official": preset("wan2.1-1.3b"),
     "baseline": EchoConfig(
         name="baseline",
         model=ModelConfig(width=384, heads=6, layers=8, ffn=2240, latent_channels=16, text_tokens=512, text_width=1024),
@@ -60,11 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
     named = {"off": [], **{name: [name] for name in WASTES}, "all": list(WASTES)}
     loops = {name: named[name] for name in args.switch or named}
     commit, load = _git("rev-parse", "--short", "HEAD"), _load()
-    results = {name: measure(config, DTYPES[name], loops, args.blocks) for name in args.dtype}
+    results = {name: measure(config, DTYPES[name], loops, args.blocks, args.device) for name in args.dtype}
     report = {
         "commit": commit,
         "torch": torch.__version__,
         "cpu": cpu_name(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "threads": args.threads,
         "load_average": {"before": load, "after": _load()},
         "geometry": args.geometry,
@@ -72,7 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
         "seconds_per_block": results,
     }
     sys.stdout.write(table(report) + "\n")
-    slug = re.sub(r"[^a-z0-9]+", "-", report["cpu"].lower()).strip("-")
+    chip = report["cpu"] if args.device == "cpu" else report["device"]
+    slug = re.sub(r"[^a-z0-9]+", "-", chip.lower()).strip("-")
     out = args.out or Path(__file__).parent / "results" / f"{date.today()}-{slug}-baseline.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n")
@@ -80,7 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 @torch.inference_mode()
-def measure(config: EchoConfig, dtype: torch.dtype, loops: dict[str, list[str]], blocks: int) -> dict[str, dict]:
+def measure(
+    config: EchoConfig, dtype: torch.dtype, loops: dict[str, list[str]], blocks: int, device: str = "cpu"
+) -> dict[str, dict]:
     """Time ``blocks`` steady blocks of the engine and of each loop, taking turns.
 
     Args:
@@ -88,6 +96,7 @@ def measure(config: EchoConfig, dtype: torch.dtype, loops: dict[str, list[str]],
         dtype: of weights, keys and values.
         loops: wastes of each naive loop, by the loop's name.
         blocks: timed blocks of each.
+        device: "cpu" or "cuda"; on a GPU the engine replays its graphs, and the clock waits for the device.
 
     Returns:
         By name, the engine's as ``"engine"``: ``median``, ``min``, ``max`` seconds, ``cpu`` the median of CPU seconds
@@ -96,28 +105,37 @@ def measure(config: EchoConfig, dtype: torch.dtype, loops: dict[str, list[str]],
         value.
     """
     torch.manual_seed(0)
-    model = CausalDiT(config.model).to(dtype).eval()
-    memory = None if config.memory is None else EvolvingMemory(config.memory).to(dtype)
+    model = CausalDiT(config.model).to(device, dtype).eval()
+    memory = None if config.memory is None else EvolvingMemory(config.memory).to(device, dtype)
     generator = Generator(config, model, memory)
-    embeddings = torch.randn(1, config.model.text_tokens, config.model.text_width).to(dtype)
+    embeddings = torch.randn(1, config.model.text_tokens, config.model.text_width).to(device, dtype)
     samplers: dict[str, BlockSampler] = {
         "engine": BlockSampler(generator, model.encode_text(embeddings), counter_noise(0))
     }
     for name, wastes in loops.items():
         samplers[name] = NaiveSampler(generator, embeddings, wastes, video_blocks=WARM_BLOCKS + 1 + blocks)
-    given = torch.randn(WARM_BLOCKS, *samplers["engine"].window[:, : config.window.frames_per_block].shape)
+    given = torch.randn(WARM_BLOCKS, *samplers["engine"].window[:, : config.window.frames_per_block].shape).to(device)
     for sampler in samplers.values():
         for latents in given:
             sampler.observe(latents)
     first = {name: sampler.next_block() for name, sampler in samplers.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in samplers}
     names = list(samplers)
+    for _ in range(GRAPH_BLOCKS if device == "cuda" else 0):
+        samplers["engine"].next_block()
     for turn in range(blocks):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody always follows the same one
+            _finish(device)
             start, cpu_start = time.perf_counter(), time.process_time()
             samplers[name].next_block()
+            _finish(device)
             times[name].append((time.perf_counter() - start, time.process_time() - cpu_start))
     return {name: _summary(times[name], times["engine"], first[name], first["engine"]) for name in samplers}
+
+
+def _finish(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _summary(
@@ -141,9 +159,9 @@ def table(report: dict) -> str:
     results = report["seconds_per_block"]
     before, after = report["load_average"]["before"], report["load_average"]["after"]
     lines = [
-        f"{report['cpu']}, {report['threads']} threads, torch {report['torch']}, commit {report['commit']}, "
-        f"geometry {report['geometry']}, median (min-max) of {report['blocks']} steady blocks, "
-        f"load average {before} before, {after} after",
+        f"{report['device']}, {report['cpu']}, {report['threads']} threads, torch {report['torch']}, "
+        f"commit {report['commit']}, geometry {report['geometry']}, "
+        f"median (min-max) of {report['blocks']} steady blocks, load average {before} before, {after} after",
         "",
         "| loop | " + " | ".join(f"{d} s/block | / engine | CPU s | / engine | difference" for d in results) + " |",
         "|---|" + "---|" * (5 * len(results)),
@@ -190,6 +208,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=[*DTYPES, "both"], default="both")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="baseline")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--switch", nargs="+", choices=["off", *WASTES, "all"], help="only these loops")
     parser.add_argument("--out", type=Path, help="JSON file (default bench/results/<date>-<cpu>-baseline.json)")
     args = parser.parse_args(arguments)

@@ -5,7 +5,9 @@ import torch
 from echo_infinity.memory import EvolvingMemory, MemoryConfig
 
 import echo_ext
-from echo_ext.memory import _why_not_kernel, gate_blend, memory_xattn
+from echo_ext._dispatch import why_not_kernel
+from echo_ext.gate import gate_blend
+from echo_ext.memory import memory_xattn
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
@@ -17,7 +19,8 @@ def shape_of(geometry, backend, op):
     """Shape of a geometry, or a skip that says why it can't be timed here."""
     if geometry == "official" and not GPU:
         pytest.skip(f"official is for GPUs: {echo_ext.build_info()['why_no_kernels']}")
-    if backend == "kernel" and (reason := _why_not_kernel(op, torch.empty(0, device=DEVICE, dtype=DTYPE))):
+    kernel = {"memory_xattn": "memory_query"}.get(op, op)
+    if backend == "kernel" and (reason := why_not_kernel(kernel, torch.empty(0, device=DEVICE), "x")):
         pytest.skip(f"no {op} kernel here: {reason}")
     return GEOMETRIES[geometry]
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import echo_ext
-from echo_ext.ring import _why_not_kernel, ring_append
+from echo_ext._dispatch import why_not_kernel
+from echo_ext.ring import ring_append
 from echo_ext.rope import frame_table, grid_table
 
 GPU = torch.cuda.is_available()
@@ -17,7 +18,7 @@ def shape_of(geometry, backend):
     """Shape of a geometry, or a skip that says why it can't be timed here."""
     if geometry == "official" and not GPU:
         pytest.skip(f"official is for GPUs: {echo_ext.build_info()['why_no_kernels']}")
-    if backend == "kernel" and (reason := _why_not_kernel(torch.empty(0, device=DEVICE, dtype=DTYPE))):
+    if backend == "kernel" and (reason := why_not_kernel("ring_append", torch.empty(0, device=DEVICE), "q")):
         pytest.skip(f"no ring_append kernel here: {reason}")
     return GEOMETRIES[geometry]
 

@@ -59,15 +59,17 @@ class NaiveSampler(BlockSampler):
         if not generator.config.window.relative:
             raise ValueError("the naive loop follows the relative recipe; the generator has absolute ids")
         self.wastes, self._embeddings = frozenset(wastes), embeddings
-        super().__init__(generator, generator.model.encode_text(embeddings), counter_noise(seed))
+        super().__init__(generator, generator.model.encode_text(embeddings), counter_noise(seed), graphs=False)
         if self.wastes:
-            rope = ComplexRope(generator.config)
-            self.cache = NaiveKV(generator.config, rope, self.wastes, generator.dtype)
+            rope = ComplexRope(generator.config, generator.device)
+            self.cache = NaiveKV(generator.config, rope, self.wastes, generator.dtype, generator.device)
             if generator.memory is not None:
                 self.memory = NaiveMemory(generator.memory, generator.config, rope, self.wastes)
         if "video" in self.wastes:
-            self._starts = torch.stack([self.noise(block, 0, self._shape) for block in range(video_blocks)])
-            self.video = torch.zeros(self._shape[0], video_blocks * self._shape[1], *self._shape[2:])
+            starts = [self.noise(block, 0, self._shape) for block in range(video_blocks)]
+            self._starts = torch.stack(starts).to(generator.device)
+            frames = video_blocks * self._shape[1]
+            self.video = torch.zeros(self._shape[0], frames, *self._shape[2:], device=generator.device)
 
     def next_block(self) -> Tensor:
         """Denoise the next block; with ``"video"``, into the video."""
@@ -86,7 +88,7 @@ class NaiveSampler(BlockSampler):
         if "embeddings" in self.wastes:  # the published code, too, keeps the text's K and V of every layer
             padding = g.config.model.text_tokens - self._embeddings.shape[1]
             g.model.text_embedding(torch.nn.functional.pad(self._embeddings, (0, 0, 0, padding)).to(g.dtype))
-            level = g.model.condition(torch.full((self.batch, call.frames), t))
+            level = g.model.condition(torch.full((self.batch, call.frames), t, device=g.device))
         memory = None if self.memory is None else self.memory.read(call)
         whole = output or "context" in self.wastes
         flow = g.model(x, level, self.text, self.cache, call, memory, output=whole)
@@ -98,11 +100,12 @@ class ComplexRope:
 
     Args:
         config: geometry.
+        device: of the table.
     """
 
-    def __init__(self, config: EchoConfig) -> None:
-        self._pairs = axis_pairs(config.model.head_dim)
-        self._frames = _angles(range(config.window.p_max), self._pairs[0])  # (p_max, n_t)
+    def __init__(self, config: EchoConfig, device: torch.device) -> None:
+        self._pairs, self._device = axis_pairs(config.model.head_dim), device
+        self._frames = _angles(range(config.window.p_max), self._pairs[0]).to(device)  # (p_max, n_t)
         self.grid = self._grid(*config.grid, config)
         if config.memory is not None:
             self.memory_grid = self._grid(*memory_grid(config.memory.tokens_per_frame, config.grid), config)
@@ -119,20 +122,23 @@ class ComplexRope:
 
     def _grid(self, rows: int, columns: int, config: EchoConfig) -> Tensor:
         row, column = grid_positions(rows, columns, *config.grid)
-        return torch.cat([_angles(row, self._pairs[1]), _angles(column, self._pairs[2])], dim=-1)  # (T_f, n_s)
+        grid = torch.cat([_angles(row, self._pairs[1]), _angles(column, self._pairs[2])], dim=-1)  # (T_f, n_s)
+        return grid.to(self._device)
 
 
 class NaiveKV(RingKV):
     """A :class:`RingKV` with the wastes of a cache; same interface, same linears, same attention call."""
 
-    def __init__(self, config: EchoConfig, rope: ComplexRope, wastes: frozenset[str], dtype: torch.dtype) -> None:
-        super().__init__(config, 1, dtype)
+    def __init__(
+        self, config: EchoConfig, rope: ComplexRope, wastes: frozenset[str], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(config, 1, dtype, device)
         self._rope, self._wastes = rope, wastes
         if "rope" in wastes:
             self.raw = None  # keys are cached as they are before rotation
         self._seen: list[int | Tensor] = [0] * len(self.k)  # frames each layer has seen
         if "indices" in wastes:
-            self._seen = [torch.zeros((), dtype=torch.int64) for _ in self.k]
+            self._seen = [torch.zeros((), dtype=torch.int64, device=device) for _ in self.k]
 
     def attend(
         self,
@@ -197,7 +203,7 @@ class NaiveKV(RingKV):
         if "shift" not in self._wastes:
             return call.slot_index
         held = call.slots.sink + call.slots.local
-        return torch.arange(held - call.frames, held)[None]
+        return torch.arange(held - call.frames, held, device=call.slot_index.device)[None]
 
     def _held_ids(self, call: Call) -> list[int]:
         """Relative id of the frame in every filled slot."""

@@ -2,7 +2,9 @@
 
 from echo_ext._native import build_info
 from echo_ext.attention import frame_shift, stream_attention
-from echo_ext.memory import WriteGate, WriteLayer, gate_blend, memory_write, memory_xattn
+from echo_ext.gate import gate_blend
+from echo_ext.memory import WriteGate, WriteLayer, memory_write, memory_xattn
+from echo_ext.norm import gated_add, gated_modulate, modulate
 from echo_ext.ring import Evicted, ring_append, ring_evict
 from echo_ext.rope import axis_pairs, frame_table, grid_table, rope_rotate
 
@@ -15,9 +17,12 @@ __all__ = [
     "frame_shift",
     "frame_table",
     "gate_blend",
+    "gated_add",
+    "gated_modulate",
     "grid_table",
     "memory_write",
     "memory_xattn",
+    "modulate",
     "ring_append",
     "ring_evict",
     "rope_rotate",

@@ -16,8 +16,10 @@ except ImportError as error:  # a source tree that was never built
     _NOT_BUILT = f"echo_ext._C is not built ({error}); run: pip install -e . --no-build-isolation"
 
 TensorTuple = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+Stream = tuple[int, int]
 
-DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # what kernels compute in
+_VIEW_CODE = {**DTYPE_CODE, torch.int64: 3}
 
 
 def why_no_kernels() -> str:
@@ -29,10 +31,33 @@ def why_no_kernels() -> str:
 why_no_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def emulated() -> bool:
+    """Whether the module runs its kernels on the CPU, as the one that the tests put in place of ``_C`` does."""
+    return _C is not None and _C.emulated
+
+
+emulated._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def capability(device: int) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; a few where kernels are emulated."""
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @functools.cache
 def _probe() -> str:
     if _C is None:
         return _NOT_BUILT
+    if _C.emulated:
+        return ""
     if _C.cuda_version is None:
         return "echo_ext was built without nvcc"
     if not torch.cuda.is_available():
@@ -45,12 +70,16 @@ def build_info() -> dict[str, object]:
 
     Returns:
         ``cuda`` toolkit version or None, ``archs`` the kernels were built for, ``devices`` one line a CUDA device,
-        ``why_no_kernels`` the reason the reference is used everywhere, "" where kernels run.
+        ``attention`` which attention each would run and why, ``why_no_kernels`` the reason the reference is used
+        everywhere, "" where kernels run.
     """
+    from echo_ext._attention import on_device  # it imports this module
+
     cuda, archs = (_C.cuda_version, _C.cuda_archs) if _C else (None, "")
     reason = why_no_kernels()
     devices = _C.device_info() if _C and not reason else ()
-    return {"cuda": cuda, "archs": archs, "devices": devices, "why_no_kernels": reason}
+    attention = tuple(on_device(i) for i in range(len(devices)))
+    return {"cuda": cuda, "archs": archs, "devices": devices, "attention": attention, "why_no_kernels": reason}
 
 
 def module() -> ModuleType:
@@ -70,11 +99,14 @@ def view(x: Tensor) -> TensorTuple:
     Raises:
         ValueError: no kernel is built for ``x.dtype``.
     """
-    if x.dtype not in DTYPE_CODE:
+    if x.dtype not in _VIEW_CODE:
         raise ValueError(f"dtype {x.dtype} is not built; convert to one of {', '.join(map(str, DTYPE_CODE))}")
-    return x.data_ptr(), DTYPE_CODE[x.dtype], tuple(x.shape), x.stride()
+    return x.data_ptr(), _VIEW_CODE[x.dtype], tuple(x.shape), x.stride()
 
 
-def stream_of(x: Tensor) -> int:
-    """Return the raw handle of the stream current on ``x``'s device, so that graph capture sees the launch."""
-    return torch.cuda.current_stream(x.device).cuda_stream
+def stream_of(x: Tensor) -> Stream:
+    """Return (device index, raw handle) of the stream current where ``x`` lies, so that graph capture sees launches."""
+    if x.device.type == "cpu":
+        return 0, 0  # the emulator has no streams
+    stream = torch.cuda.current_stream(x.device)
+    return stream.device_index, stream.cuda_stream

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo_ext._dispatch import Backend, use_reference, why_not_kernel
+from echo_ext import _attention
+from echo_ext._attention import Backend
+from echo_ext._dispatch import register
 from echo_ext.rope import axis_pairs, expand_shift, frame_table, rotate_pairs
 
 KV = tuple[Tensor, Tensor]
@@ -15,7 +17,7 @@ KV = tuple[Tensor, Tensor]
 _LIB = torch.library.Library("echo_ext", "FRAGMENT")
 _LIB.define(
     "stream_attention(Tensor q, Tensor? shift, Tensor? sink_k, Tensor? sink_v, Tensor? memory_k, Tensor? memory_v, "
-    "Tensor? ring_k, Tensor? ring_v, float scale) -> (Tensor, Tensor)"
+    'Tensor? ring_k, Tensor? ring_v, float scale, str backend="auto") -> (Tensor, Tensor)'
 )
 
 
@@ -43,14 +45,16 @@ def stream_attention(
         shift: ``(B or 1, n_t, 2)`` float32 cos and sin of (relative - absolute id), see :func:`frame_shift`;
             None where the two agree.
         scale: score scale; default ``d ** -0.5``.
-        backend: ``"kernel"`` raises where the CUDA kernel can't run; ``"auto"`` falls back.
+        backend: ``"kernel_sm90"`` and ``"kernel_sm80"`` name a CUDA kernel, ``"kernel"`` the better one; they raise
+            where it can't run. ``"library"``: the library's attention on each tier, joined by their log-sum-exps.
+            ``"reference"``: the same in PyTorch's plainest form. ``"auto"``: a kernel, or else the reference.
 
     Returns:
         ``(B, Tq, H, d)`` in ``q.dtype``. Softmax in float32. Differentiable.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or no tier holds a key.
-        RuntimeError: ``backend="kernel"`` and the kernel can't run; says why.
+        RuntimeError: a kernel was asked for by name and can't run; says why.
 
     Source: docs/method.md sections 2 and 3.
     """
@@ -58,13 +62,16 @@ def stream_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tensors = [x for pair in (sink, memory, ring) for x in (pair or (None, None))]
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *tensors))
-    if use_reference("stream_attention", backend, _why_not_kernel(q)):
-        run = stream_attention_ref if wants_grad else _merge_tiers
-        sink_k, sink_v, memory_k, memory_v, ring_k, ring_v = tensors
-        return run(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)[0]
-    if wants_grad:
-        return _StreamAttention.apply(q, shift, *tensors, scale)
-    return torch.ops.echo_ext.stream_attention(q, shift, *tensors, scale)[0]
+    sink_k, sink_v, memory_k, memory_v, ring_k, ring_v = tensors
+    args = (q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)
+    way = _attention.choose(backend, _inputs(*args))
+    if way == "reference" and wants_grad:
+        return stream_attention_ref(*args)[0]
+    if wants_grad:  # of the library's LSEs there is none
+        return _StreamAttention.apply(*args, backend)
+    if way in ("library", "reference"):
+        return _merge_tiers(*args, fastest=way == "library")[0]
+    return torch.ops.echo_ext.stream_attention(*args, backend)[0]
 
 
 def frame_shift(
@@ -126,11 +133,13 @@ def _merge_tiers(
     ring_k: Tensor | None,
     ring_v: Tensor | None,
     scale: float,
+    *,
+    fastest: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The fallback: the library's attention on each tier in place, joined by their LSEs, returned (tiers, B, H, Tq)."""
     turned = q if shift is None else shift_queries(q, shift)
     tiers = [(turned, sink_k, sink_v), (turned, memory_k, memory_v), (q, ring_k, ring_v)]
-    parts = [_tier(x, k, v, scale) for x, k, v in tiers if k is not None and v is not None and k.shape[1]]
+    parts = [_tier(x, k, v, scale, fastest) for x, k, v in tiers if k is not None and v is not None and k.shape[1]]
     lses = torch.stack([lse for _, lse in parts])
     if len(parts) == 1:
         return parts[0][0], lses
@@ -141,7 +150,7 @@ def _merge_tiers(
     return out.to(q.dtype), lses
 
 
-def _tier(q: Tensor, k: Tensor, v: Tensor, scale: float) -> KV:
+def _tier(q: Tensor, k: Tensor, v: Tensor, scale: float, fastest: bool) -> KV:
     """Attention over one tier as ``(B, Tq, H, d)`` and LSE ``(B, H, Tq)`` float32."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, d): views, the library reads any strides
     if q.device.type == "cpu":
@@ -149,6 +158,9 @@ def _tier(q: Tensor, k: Tensor, v: Tensor, scale: float) -> KV:
     elif q.dtype == torch.float32:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
         lse = lse[..., : q.shape[2]]  # padded to a multiple of 32
+    elif fastest:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)
+        lse = lse.reshape(q.shape[:3])  # some versions keep a last dim of 1
     else:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
     return out.transpose(1, 2), lse
@@ -183,9 +195,19 @@ def _check(q: Tensor, shift: Tensor | None, tiers: dict[str, KV | None]) -> None
         raise ValueError(f"shift is on {shift.device}, q is on {q.device}")
 
 
-def _why_not_kernel(q: Tensor) -> str | None:
-    """The first reason the CUDA kernel can't take ``q``, or None if it can."""
-    return why_not_kernel("stream_attention", q, "q")
+def _inputs(
+    q: Tensor,
+    shift: Tensor | None,
+    sink_k: Tensor | None,
+    sink_v: Tensor | None,
+    memory_k: Tensor | None,
+    memory_v: Tensor | None,
+    ring_k: Tensor | None,
+    ring_v: Tensor | None,
+    scale: float,
+) -> _attention.Inputs:
+    tiers = [("sink", sink_k, sink_v), ("memory", memory_k, memory_v), ("ring", ring_k, ring_v)]
+    return _attention.inputs(q, shift, tiers, scale)
 
 
 class _StreamAttention(torch.autograd.Function):
@@ -193,33 +215,67 @@ class _StreamAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, shift, *rest):
-        *tensors, ctx.scale = rest
+        *tensors, ctx.scale, backend = rest
         ctx.save_for_backward(q, shift, *tensors)
-        return torch.ops.echo_ext.stream_attention(q, shift, *tensors, ctx.scale)[0]
+        return torch.ops.echo_ext.stream_attention(q, shift, *tensors, ctx.scale, backend)[0]
 
     @staticmethod
     def backward(ctx, grad):
-        needs = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[:-2]
         inputs: Any = [
             None if x is None else x.detach().requires_grad_(need)
-            for x, need in zip(ctx.saved_tensors, needs[:-1], strict=True)
+            for x, need in zip(ctx.saved_tensors, needs, strict=True)
         ]
         with torch.enable_grad():
-            out, _ = stream_attention_ref(*inputs, ctx.scale)  # type: ignore[call-arg]  # seven tensors and a scale
-        wanted = [x for x, need in zip(inputs, needs[:-1], strict=True) if need and x is not None]
+            out, _ = stream_attention_ref(*inputs, ctx.scale)  # type: ignore[call-arg]  # eight tensors and a scale
+        wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
         grads = iter(torch.autograd.grad(out, wanted, grad))
-        return *(next(grads) if need else None for need in needs[:-1]), None
+        return *(next(grads) if need else None for need in needs), None, None
 
 
-def _fake(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale):
+def _fake(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale, backend="auto"):
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
-def _impl(*args: Any) -> tuple[Tensor, Tensor]:
-    out, lses = _merge_tiers(*args)
+def _impl(
+    q: Tensor,
+    shift: Tensor | None,
+    sink_k: Tensor | None,
+    sink_v: Tensor | None,
+    memory_k: Tensor | None,
+    memory_v: Tensor | None,
+    ring_k: Tensor | None,
+    ring_v: Tensor | None,
+    scale: float,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    args = (q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)
+    out, lses = _merge_tiers(*args, fastest=backend == "library")
     return out.contiguous(), lses.float().logsumexp(dim=0)
 
 
-_LIB.impl("stream_attention", _impl, "CPU")
-_LIB.impl("stream_attention", _impl, "CUDA")
-torch.library.register_fake("echo_ext::stream_attention", _fake, lib=_LIB)
+def _kernel(
+    q: Tensor,
+    shift: Tensor | None,
+    sink_k: Tensor | None,
+    sink_v: Tensor | None,
+    memory_k: Tensor | None,
+    memory_v: Tensor | None,
+    ring_k: Tensor | None,
+    ring_v: Tensor | None,
+    scale: float,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    args = (q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)
+    x = _inputs(*args)
+    way = _attention.choose(backend, x)
+    if way in ("library", "reference"):
+        return _impl(*args, way)
+    if reason := _attention.why_not_address(x):
+        if backend == "auto":
+            return _impl(*args)
+        raise RuntimeError(f"stream_attention: {way} can't run: {reason}")
+    return _attention.run(way, x)
+
+
+register(_LIB, "stream_attention", kernel=_kernel, reference=_impl, fake=_fake)

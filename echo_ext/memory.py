@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from echo_ext._dispatch import Backend, use_reference, why_not_kernel
+from echo_ext import _attention, _native
+from echo_ext._autograd import recompute
+from echo_ext._dispatch import MAX_ROW_BYTES, Backend, register, use_reference, why_not_kernel, why_not_vectors
 from echo_ext.attention import stream_attention
-from echo_ext.rope import check_tables, rope_rotate, rope_rotate_ref
+from echo_ext.gate import gate_blend
+from echo_ext.rope import check_tables, rope_rotate, rope_rotate_ref, why_not_table
 
 Segment = tuple[Tensor, Tensor]
 RopeTables = tuple[Tensor, Tensor]
@@ -22,7 +25,6 @@ _LIB.define(
     "memory_xattn(Tensor q, Tensor[] keys, Tensor[] values, Tensor? norm_weight, float eps, float scale,"
     " Tensor? q_frames, Tensor? q_grid) -> Tensor"
 )
-_LIB.define("gate_blend(Tensor state, Tensor proposal, Tensor weight, Tensor bias) -> Tensor")
 
 
 class WriteLayer(NamedTuple):
@@ -89,11 +91,11 @@ def memory_xattn(
     Source: docs/method.md, the memory write.
     """
     q_frames, q_grid = q_rope or (None, None)
-    _check_xattn(q, segments, norm_weight, q_frames, q_grid)
+    _check(q, segments, norm_weight, q_frames, q_grid)
     keys, values = [k for k, _ in segments], [v for _, v in segments]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     args = (q, keys, values, norm_weight, eps, scale, q_frames, q_grid)
-    if use_reference("memory_xattn", backend, _why_not_kernel("memory_xattn", q)):
+    if use_reference("memory_xattn", backend, _why_not_kernel(*args)):
         return _read_in_place(*args)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, norm_weight, *keys, *values)):
         return _MemoryXAttn.apply(len(keys), eps, scale, q_frames, q_grid, q, norm_weight, *keys, *values)
@@ -144,44 +146,6 @@ def _norm_and_rotate(
     if norm_weight is not None:
         q = _rms_norm(q, norm_weight.unflatten(0, q.shape[2:]), eps)
     return q if q_frames is None or q_grid is None else rope_rotate_ref(q, q_frames, q_grid)
-
-
-def gate_blend(state: Tensor, proposal: Tensor, weight: Tensor, bias: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """Keep the gated share of ``state`` and take the rest from ``proposal``.
-
-    ``g * state + (1 - g) * proposal`` with ``g = sigmoid([state ; proposal] W^T + b)``, element by element.
-
-    Args:
-        state: ``(B, T, D)`` memory before this write; any floating dtype.
-        proposal: ``(B, T, D)`` what the write proposes, in the dtype of ``state``.
-        weight: ``(D, 2D)``, the columns for ``state`` first.
-        bias: ``(D,)`` in the dtype of ``weight``, which may be narrower than the state's: products are in that dtype.
-        backend: ``"kernel"`` raises where the CUDA kernel can't run; ``"auto"`` falls back.
-
-    Returns:
-        ``(B, T, D)`` in ``state.dtype``. Sigmoid and blend are in float32, or in float64 for float64 inputs.
-
-    Raises:
-        ValueError: shapes, dtypes or devices disagree.
-        RuntimeError: ``backend="kernel"`` and the kernel can't run; says why.
-
-    Source: docs/method.md, the memory write.
-    """
-    _check_gate(state, proposal, weight, bias)
-    args = (state, proposal, weight, bias)
-    if use_reference("gate_blend", backend, _why_not_kernel("gate_blend", state)):
-        return gate_blend_ref(*args)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in args):
-        return _GateBlend.apply(*args)
-    return torch.ops.echo_ext.gate_blend(*args)
-
-
-def gate_blend_ref(state: Tensor, proposal: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The fallback, and in float64 the oracle: differentiable, any device; never builds ``[state ; proposal]``."""
-    wide, width = _wide(state), state.shape[-1]
-    logits = F.linear(state.to(weight.dtype), weight[:, :width], bias).to(wide)
-    logits = logits + F.linear(proposal.to(weight.dtype), weight[:, width:])
-    return torch.lerp(proposal.to(wide), state.to(wide), logits.sigmoid()).to(state.dtype)
 
 
 def memory_write(
@@ -267,7 +231,7 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _check_xattn(
+def _check(
     q: Tensor,
     segments: Sequence[Segment],
     norm_weight: Tensor | None,
@@ -293,22 +257,10 @@ def _check_xattn(
         raise ValueError(f"norm_weight must be ({h * d},) for {h} heads of {d}, got {tuple(norm_weight.shape)}")
     if q_frames is not None and q_grid is not None:
         check_tables(b, tq, d, q_frames, q_grid)
-
-
-def _check_gate(state: Tensor, proposal: Tensor, weight: Tensor, bias: Tensor) -> None:
-    if state.ndim != 3:
-        raise ValueError(f"state must be (B, T, D), got {tuple(state.shape)}")
-    width = state.shape[-1]
-    expected = {"proposal": (proposal, state.shape), "weight": (weight, (width, 2 * width)), "bias": (bias, (width,))}
-    for name, (x, shape) in expected.items():
-        if x.shape != shape:
-            raise ValueError(f"{name} must be {tuple(shape)} to match state {tuple(state.shape)}, got {tuple(x.shape)}")
-        if x.device != state.device:
-            raise ValueError(f"{name} is on {x.device}, state on {state.device}")
-    if proposal.dtype != state.dtype:
-        raise ValueError(f"proposal is {proposal.dtype}, state is {state.dtype}: cast the proposal")
-    if bias.dtype != weight.dtype:
-        raise ValueError(f"bias is {bias.dtype}, weight is {weight.dtype}")
+    others = {"norm_weight": norm_weight, "frame table of q_rope": q_frames, "grid table of q_rope": q_grid}
+    for name, other in others.items():
+        if other is not None and other.device != q.device:
+            raise ValueError(f"{name} is on {other.device}, q is on {q.device}")
 
 
 def _check_write(
@@ -330,9 +282,55 @@ def _check_write(
         raise ValueError(f"k_rope has {len(k_rope)} pairs of tables for {len(segments)} segments: pass one for each")
 
 
-def _why_not_kernel(op: str, x: Tensor) -> str | None:
-    """The first reason the CUDA kernel of ``op`` can't take ``x``, or None if it can."""
-    return why_not_kernel(op, x, "q" if op == "memory_xattn" else "state")
+def _why_not_kernel(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    norm_weight: Tensor | None,
+    eps: float,
+    scale: float,
+    q_frames: Tensor | None,
+    q_grid: Tensor | None,
+) -> str | None:
+    """The first reason the CUDA kernels can't take these arguments, or None if they can."""
+    if reason := why_not_kernel("memory_query", q, "q"):
+        return reason
+    for name, table in (("frame table of q_rope", q_frames), ("grid table of q_rope", q_grid)):
+        if table is not None and (reason := why_not_table(table, name)):
+            return reason
+    if norm_weight is not None and norm_weight.dtype != q.dtype:
+        return f"norm_weight is {norm_weight.dtype}, q is {q.dtype}"
+    if q.shape[2] * q.shape[3] * q.element_size() > MAX_ROW_BYTES:
+        return f"{q.shape[2]} heads of {q.shape[3]} {q.dtype} are wider than {MAX_ROW_BYTES} bytes"
+    tensors = {"q": q, "norm_weight": norm_weight}
+    for i, pair in enumerate(zip(keys, values, strict=True)):
+        tensors |= dict(zip((f"keys of segment {i}", f"values of segment {i}"), pair, strict=True))
+    return why_not_vectors(tensors) or _attention.why_not_kernel_sm80(_attention_inputs(q, keys, values, scale))
+
+
+def _attention_inputs(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scale: float) -> _attention.Inputs:
+    runs = [(f"segment {i}", k, v) for i, (k, v) in enumerate(zip(keys, values, strict=True))]
+    return _attention.Inputs(q, None, runs, 0, scale)
+
+
+def _kernel(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    norm_weight: Tensor | None,
+    eps: float,
+    scale: float,
+    q_frames: Tensor | None,
+    q_grid: Tensor | None,
+) -> Tensor:
+    """Norm and rotation of the queries by a kernel of their own: the norm is over all heads, attention is by head."""
+    if norm_weight is not None or q_frames is not None:
+        turned = q.new_empty(q.shape)
+        views = (None if x is None else _native.view(x) for x in (q, norm_weight, q_frames, q_grid))
+        _native.module().memory_query_fwd(*views, eps, _native.view(turned), _native.stream_of(q))
+        q = turned
+    inputs = _attention_inputs(q, keys, values, scale)
+    return _attention.run(_attention.choose("kernel", inputs), inputs)[0]
 
 
 class _MemoryXAttn(torch.autograd.Function):
@@ -353,37 +351,13 @@ class _MemoryXAttn(torch.autograd.Function):
         def again(q, norm_weight, *cache):
             return memory_xattn_ref(q, cache[:count], cache[count:], norm_weight, eps, scale, q_frames, q_grid)
 
-        return *(None,) * 5, *_recompute(again, inputs, ctx.needs_input_grad[5:], grad_out)
+        return *(None,) * 5, *recompute(again, inputs, ctx.needs_input_grad[5:], grad_out)
 
 
-class _GateBlend(torch.autograd.Function):
-    """Op forward; backward recomputes through the reference, so gradients need no second kernel."""
-
-    @staticmethod
-    def forward(ctx, state, proposal, weight, bias):
-        ctx.save_for_backward(state, proposal, weight, bias)
-        return torch.ops.echo_ext.gate_blend(state, proposal, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad_out):
-        return tuple(_recompute(gate_blend_ref, ctx.saved_tensors, ctx.needs_input_grad, grad_out))
-
-
-def _recompute(
-    function: Callable[..., Tensor], saved: Sequence[Tensor | None], needs: Sequence[bool], grad_out: Tensor
-) -> list[Tensor | None]:
-    """Gradients of ``function(*saved)`` for the inputs that need one, None for the others."""
-    inputs = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(saved, needs, strict=True)]
-    with torch.enable_grad():
-        out = function(*inputs)
-    wanted = [x for x, need in zip(inputs, needs, strict=True) if x is not None and need]
-    grads = iter(torch.autograd.grad(out, wanted, grad_out))
-    return [next(grads) if need else None for need in needs]
-
-
-_LIB.impl("memory_xattn", lambda *args: _read_in_place(*args).contiguous(), "CPU")
-_LIB.impl("memory_xattn", lambda *args: _read_in_place(*args).contiguous(), "CUDA")
-_LIB.impl("gate_blend", gate_blend_ref, "CPU")
-_LIB.impl("gate_blend", gate_blend_ref, "CUDA")
-torch.library.register_fake("echo_ext::memory_xattn", lambda q, *rest: q.new_empty(q.shape), lib=_LIB)
-torch.library.register_fake("echo_ext::gate_blend", lambda state, *rest: state.new_empty(state.shape), lib=_LIB)
+register(
+    _LIB,
+    "memory_xattn",
+    kernel=_kernel,
+    reference=lambda *args: _read_in_place(*args).contiguous(),
+    fake=lambda q, *rest: q.new_empty(q.shape),
+)

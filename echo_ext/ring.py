@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from echo_ext._dispatch import Backend, use_reference, why_not_kernel
-from echo_ext.rope import check_tables, expand_tables, rotate_pairs
+from echo_ext import _native
+from echo_ext._dispatch import MAX_ROW_BYTES, Backend, register, use_reference, why_not_kernel, why_not_vectors
+from echo_ext.rope import check_tables, expand_tables, rotate_pairs, why_not_table
 
 _LIB = torch.library.Library("echo_ext", "FRAGMENT")
 _LIB.define(
@@ -98,7 +99,8 @@ def ring_append(
         k_weight: ``(D,)`` scale of the key norm; None leaves ``k`` unnormalised.
         frame_table: ``(B or 1, F, n_t, 2)`` float32 angles of the frames' own ids.
         grid_table: ``(T_f, n_s, 2)`` float32 angles of rows and columns.
-        slots: ``(B or 1, F)`` int64, the slot of each frame; each row's slots differ.
+        slots: ``(B or 1, F)`` int64, the slot of each frame; each row's slots differ. They are read on the device
+            alone: the kernel leaves out a frame whose slot is not in the ring, where PyTorch raises.
         ring_k: ``(B, S * T_f, H, d)`` rotated keys, written in place.
         ring_v: ``(B, S * T_f, H, d)`` values, written in place.
         ring_raw: like ``ring_k``, keys before rotation; only the layer whose evicted keys feed the memory needs it.
@@ -134,7 +136,7 @@ def ring_append(
         ring_raw,
         eps,
     )
-    if use_reference("ring_append", backend, _why_not_kernel(q)):
+    if use_reference("ring_append", backend, _why_not_kernel(args)):
         return ring_append_ref(*args)
     return torch.ops.echo_ext.ring_append(*args)
 
@@ -227,15 +229,53 @@ def _check(
         )
 
 
-def _why_not_kernel(q: Tensor) -> str | None:
-    """The first reason the CUDA kernel can't take ``q``, or None if it can."""
-    return why_not_kernel("ring_append", q, "q")
+def _why_not_kernel(args: tuple[Any, ...]) -> str | None:
+    """The first reason the CUDA kernel can't take the op's ``args``, or None if it can."""
+    q, k, v, q_weight, k_weight, frame_table, key_frame_table, grid_table, _, ring_k, ring_v, ring_raw, _ = args
+    if reason := why_not_kernel("ring_append", q, "q"):
+        return reason
+    if q.shape[3] % (16 // q.element_size()):
+        return f"head dim {q.shape[3]} is no multiple of {16 // q.element_size()}"
+    if q.shape[2] * q.shape[3] * q.element_size() > MAX_ROW_BYTES:
+        return f"{q.shape[2]} heads of {q.shape[3]} {q.dtype} are wider than {MAX_ROW_BYTES} bytes"
+    weights = {"q_weight": q_weight, "k_weight": k_weight}
+    for name, weight in weights.items():
+        if weight is not None and weight.dtype != q.dtype:
+            return f"{name} is {weight.dtype}, q is {q.dtype}"
+    tables = {"frame_table": frame_table, "key_frame_table": key_frame_table, "grid_table": grid_table}
+    for name, table in tables.items():
+        if table is not None and (reason := why_not_table(table, name)):
+            return reason
+    tensors = {"q": q, "k": k, "v": v, "ring_k": ring_k, "ring_v": ring_v, "ring_raw": ring_raw}
+    return why_not_vectors(tensors | weights)
 
 
-def _fake(q, k, v, q_weight, k_weight, frame_table, key_frame_table, grid_table, slots, ring_k, ring_v, ring_raw, eps):
-    return q.new_empty(q.shape)
+def _kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    frame_table: Tensor,
+    key_frame_table: Tensor | None,
+    grid_table: Tensor,
+    slots: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    ring_raw: Tensor | None,
+    eps: float,
+) -> Tensor:
+    out = q.new_empty(q.shape)
+    before = (q, k, v, q_weight, k_weight, frame_table, key_frame_table, grid_table, slots, ring_k, ring_v, ring_raw)
+    views = (None if x is None else _native.view(x) for x in before)
+    _native.module().ring_append_fwd(*views, eps, _native.view(out), _native.stream_of(q))
+    return out
 
 
-_LIB.impl("ring_append", ring_append_ref, "CPU")
-_LIB.impl("ring_append", ring_append_ref, "CUDA")
-torch.library.register_fake("echo_ext::ring_append", _fake, lib=_LIB)
+register(
+    _LIB,
+    "ring_append",
+    kernel=_kernel,
+    reference=ring_append_ref,
+    fake=lambda q, *rest: q.new_empty(q.shape),
+)

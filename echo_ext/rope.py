@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from echo_ext._dispatch import Backend, use_reference, why_not_kernel
+from echo_ext import _native
+from echo_ext._dispatch import Backend, register, use_reference, why_not_kernel
 
 _THETA = 10000.0
 _LIB = torch.library.Library("echo_ext", "FRAGMENT")
@@ -103,7 +104,7 @@ def rope_rotate(x: Tensor, frame_table: Tensor, grid_table: Tensor, *, backend: 
     Source: docs/method.md section 3.
     """
     _check(x, frame_table, grid_table)
-    if use_reference("rope_rotate", backend, _why_not_kernel(x)):
+    if use_reference("rope_rotate", backend, _why_not_kernel(x, frame_table, grid_table)):
         return rope_rotate_ref(x, frame_table, grid_table)
     if torch.is_grad_enabled() and x.requires_grad:
         return _RopeRotate.apply(x, frame_table, grid_table)
@@ -191,9 +192,32 @@ def check_tables(batch: int, tokens: int, head_dim: int, frame_table: Tensor, gr
         raise ValueError(f"got {tokens} tokens, the tables describe {frames} frames of {tokens_per_frame}")
 
 
-def _why_not_kernel(x: Tensor) -> str | None:
-    """The first reason the CUDA kernel can't take ``x``, or None if it can."""
-    return why_not_kernel("rope_rotate", x, "x")
+def _why_not_kernel(x: Tensor, frame_table: Tensor, grid_table: Tensor) -> str | None:
+    """The first reason the CUDA kernel can't take these tensors, or None if it can."""
+    if reason := why_not_kernel("rope_rotate", x, "x"):
+        return reason
+    if x.stride(-1) != 1:
+        return f"x has no contiguous last dim: strides {x.stride()}"
+    for name, table in (("frame_table", frame_table), ("grid_table", grid_table)):
+        if reason := why_not_table(table, name):
+            return reason
+    return None
+
+
+def why_not_table(table: Tensor, name: str) -> str | None:
+    """Why no kernel reads this table, or None."""
+    if table.dtype != torch.float32:
+        return f"{name} is {table.dtype}"
+    if table.stride(-1) != 1 or (table.shape[-2] > 1 and table.stride(-2) != 2):
+        return f"{name} is not dense in its last two dims: strides {table.stride()}"
+    return None
+
+
+def _kernel(x: Tensor, frame_table: Tensor, grid_table: Tensor) -> Tensor:
+    out = x.new_empty(x.shape)
+    views = (_native.view(t) for t in (x, frame_table, grid_table, out))
+    _native.module().rope_rotate_fwd(*views, _native.stream_of(x))
+    return out
 
 
 class _RopeRotate(torch.autograd.Function):
@@ -211,6 +235,10 @@ class _RopeRotate(torch.autograd.Function):
         return rope_rotate_ref(grad, frame, grid), None, None
 
 
-_LIB.impl("rope_rotate", rope_rotate_ref, "CPU")
-_LIB.impl("rope_rotate", rope_rotate_ref, "CUDA")
-torch.library.register_fake("echo_ext::rope_rotate", lambda x, frame_table, grid_table: x.new_empty(x.shape), lib=_LIB)
+register(
+    _LIB,
+    "rope_rotate",
+    kernel=_kernel,
+    reference=rope_rotate_ref,
+    fake=lambda x, frame_table, grid_table: x.new_empty(x.shape),
+)

@@ -1,12 +1,16 @@
 """Devices, threads, seeds and the NaN poison shared by every test."""
 
 import random
+import sys
+import zlib
 
+import emulated as emulation
 import numpy as np
 import pytest
 import torch
 
 import echo_ext
+from echo_ext import _native
 
 WHY_NO_KERNELS = echo_ext.build_info()["why_no_kernels"]
 
@@ -14,11 +18,42 @@ WHY_NO_KERNELS = echo_ext.build_info()["why_no_kernels"]
 torch.set_num_threads(min(torch.get_num_threads(), 2))
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--emulated", default="check", choices=["fast", "check", "asan"], help="variant of the emulated kernels"
+    )
+
+
 def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason=f"no kernels here: {WHY_NO_KERNELS}")
     for item in items:
-        if "gpu" in item.keywords and WHY_NO_KERNELS:
+        if item.get_closest_marker("gpu") and WHY_NO_KERNELS:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def emulated(request):
+    """Run kernels on CPU tensors: the emulated module in place of ``_C``. Parametrise indirectly by another variant.
+
+    The order in which threads run is random, and the same for the same test.
+    """
+    if reason := emulation.why_not():
+        pytest.skip(reason)
+    emulator = emulation.emulator(getattr(request, "param", request.config.getoption("--emulated")))
+    emulator.configure(seed=zlib.crc32(request.node.nodeid.encode()))
+    emulator.counters(reset=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_native, "_C", emulator.module)
+        _forget_machine()
+        yield emulator
+    _forget_machine()
+
+
+def _forget_machine():
+    """What was probed and compiled under the other module no longer holds."""
+    _native._probe.cache_clear()
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @pytest.fixture(autouse=True)

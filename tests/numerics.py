@@ -22,6 +22,9 @@ _LIBRARY = 1e-5
 # A rollout with weights or cache in e4m3 against the one in full: root mean square, relative; one rounding of e4m3.
 _FP8 = 1 / 16
 
+# Float32 sums and ex2 of an instruction, whose order and rounding the hardware chooses; of the largest value.
+_INSTRUCTION = 1e-5
+
 
 def assert_no_worse_than(actual: Tensor, budget: Tensor, oracle: Tensor, *, factor: float = 2.0) -> None:
     """Check that ``actual`` (kernel) errs at most ``factor`` times what ``budget`` (PyTorch, same dtype) does.
@@ -68,6 +71,12 @@ def assert_fp8_close(actual: Tensor, expected: Tensor) -> None:
     difference = (actual.double() - expected.double()).square().mean().sqrt().item()
     size = expected.double().square().mean().sqrt().item()
     assert difference <= _FP8 * size, f"root mean square error {difference / size:.3e} > allowed {_FP8:.3e}"
+
+
+def assert_sum_equal(actual: Tensor, expected: Tensor) -> None:
+    """Check what a tensor core or the special function unit computed against exact arithmetic, rounded once."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    _assert_within(actual, expected, _INSTRUCTION * _max_abs(expected))
 
 
 def assert_same_bits(actual: Any, expected: Any, where: str = "") -> None:

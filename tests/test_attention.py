@@ -4,15 +4,15 @@ import itertools
 
 import pytest
 import torch
+from attention_cases import TIERS, one_softmax, positional
 from numerics import assert_no_worse_than, assert_same_bits
 
-from echo_ext import _native
+from echo_ext import _attention, _native
 from echo_ext.attention import frame_shift, stream_attention, stream_attention_ref
 from echo_ext.rope import frame_table, grid_table, rope_rotate
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-TIERS = ("sink", "memory", "ring")
 SUBSETS = [subset for n in (1, 2, 3) for subset in itertools.combinations(TIERS, n)]
 # (B, Tq, (sink, memory, ring) keys, H, d): one token each; ragged; past a tile; the official heads scaled down.
 SHAPES = [
@@ -42,35 +42,10 @@ def make(shape, dtype=torch.float32, device="cpu", *, tiers=TIERS, strided=False
     return {"q": draw(Tq), **args, "shift": frame_shift(18, 345_600, d, device=device) if shift else None}
 
 
-def positional(args):
-    """The op's own argument order."""
-    q = args["q"]
-    pairs = [x for tier in TIERS for x in args.get(tier) or (None, None)]
-    return q, args["shift"], *pairs, q.shape[-1] ** -0.5
-
-
-def one_softmax(q, shift=None, scale=None, **tiers):
-    """Oracle in float64: concatenate keys and values, turn the query by complex numbers. Returns output and LSE."""
-    q, d = q.detach().double(), q.shape[-1]
-    turned = q
-    if shift is not None:
-        n = shift.shape[1]
-        pairs = torch.view_as_complex(q[..., : 2 * n].contiguous().unflatten(-1, (n, 2)))
-        by = torch.view_as_complex(shift.double().contiguous())[:, None, None]
-        turned = torch.cat([torch.view_as_real(pairs * by).flatten(-2), q[..., 2 * n :]], -1)
-    given = [(q if tier == "ring" else turned, *tiers[tier]) for tier in TIERS if tier in tiers]
-    scores = [x.transpose(1, 2) @ k.detach().double().permute(0, 2, 3, 1) for x, k, _ in given]
-    scores = torch.cat(scores, -1) * (d**-0.5 if scale is None else scale)
-    values = torch.cat([v.detach().double() for *_, v in given], 1).transpose(1, 2)
-    weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    out = (weights / weights.sum(-1, keepdim=True)) @ values
-    return out.transpose(1, 2), scores.amax(-1) + weights.sum(-1).log()
-
-
 @pytest.fixture
 def through_the_op(monkeypatch):
     """Send CPU tensors down the kernel's path (op, autograd, fake), ending in the CPU implementation."""
-    monkeypatch.setattr("echo_ext.attention._why_not_kernel", lambda q: None)
+    monkeypatch.setitem(_attention._WHY_NOT, "kernel_sm80", lambda x: None)
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
@@ -277,7 +252,7 @@ def pair(*shape, dtype=torch.float32):
         ({"shift": zeros(1, 3, 2)}, r"shift must be \(1 or 2, 4, 2\) for d=16, got \(1, 3, 2\)"),
         ({"shift": zeros(3, 4, 2)}, r"shift must be \(1 or 2, 4, 2\) for d=16, got \(3, 4, 2\)"),
         ({"shift": zeros(1, 4, 2).to("meta")}, "shift is on meta, q is on cpu"),
-        ({"backend": "cuda"}, "backend must be 'auto', 'kernel' or 'reference', got 'cuda'"),
+        ({"backend": "cuda"}, "backend must be 'auto', .*, 'library' or 'reference', got 'cuda'"),
     ],
 )
 def test_rejects(change, message):

@@ -6,16 +6,8 @@ import torch.nn.functional as F
 from numerics import assert_no_worse_than
 from torch import nn
 
-from echo_ext import _native
-from echo_ext.memory import (
-    WriteGate,
-    WriteLayer,
-    gate_blend,
-    gate_blend_ref,
-    memory_write,
-    memory_xattn,
-    memory_xattn_ref,
-)
+from echo_ext.gate import gate_blend, gate_blend_ref
+from echo_ext.memory import WriteGate, WriteLayer, memory_write, memory_xattn, memory_xattn_ref
 from echo_ext.rope import frame_table, grid_table, rope_rotate
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -81,7 +73,8 @@ def make_gate(B, T, D, dtype=torch.float32, device="cpu", *, strided=False, requ
 @pytest.fixture
 def through_the_op(monkeypatch):
     """Send CPU tensors down the kernel's path (op, autograd, fake), ending in the CPU implementation."""
-    monkeypatch.setattr("echo_ext.memory._why_not_kernel", lambda op, x: None)
+    monkeypatch.setattr("echo_ext.memory._why_not_kernel", lambda *args: None)
+    monkeypatch.setattr("echo_ext.gate._why_not_kernel", lambda *args: None)
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
@@ -252,6 +245,8 @@ def zeros(*shape, dtype=torch.float32):
         ),
         ({"norm_weight": zeros(16)}, r"norm_weight must be \(32,\) for 2 heads of 16, got \(16,\)"),
         ({"q_rope": rope_tables(3, 1, 1, 16)}, "got 4 tokens, the tables describe 3 frames of 1"),
+        ({"norm_weight": zeros(32).to("meta")}, "norm_weight is on meta, q is on cpu"),
+        ({"q_rope": rope_tables(4, 1, 1, 16, "meta")}, "frame table of q_rope is on meta, q is on cpu"),
         ({"backend": "cuda"}, "backend must be 'auto', 'kernel' or 'reference', got 'cuda'"),
     ],
 )
@@ -286,15 +281,14 @@ def test_kernel_asked_for_by_name_says_why_it_cannot_run():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", ["memory_xattn", "gate_blend"])
-def test_kernel_runs_or_says_that_the_build_lacks_it(op):
-    args = make_xattn((1, 4, (5,), 2, 64), device="cuda") if op == "memory_xattn" else make_gate(2, 3, 8, device="cuda")
-    call = call_xattn if op == "memory_xattn" else gate_blend
-    if hasattr(_native.module(), f"{op}_fwd"):
-        assert call(*args, backend="kernel").is_cuda
-    else:
-        with pytest.raises(RuntimeError, match=f"this build has no {op} kernel"):
-            call(*args, backend="kernel")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_kernels_run_on_this_device(dtype):
+    args = make_xattn(SHAPES[2], dtype, "cuda", strided=True)
+    out = call_xattn(*args, backend="kernel")
+    assert_no_worse_than(out, memory_xattn_ref(*args), memory_xattn_ref(*in_float64(args)))
+    args = make_gate(2, 7, 48, dtype, "cuda")
+    out = gate_blend(*args, backend="kernel")
+    assert_no_worse_than(out, gate_blend_ref(*args), gate_blend_ref(*in_float64(args)))
 
 
 @pytest.mark.gpu

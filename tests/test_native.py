@@ -8,7 +8,7 @@ from echo_ext import _native, build_info
 FLOAT32 = _native.DTYPE_CODE[torch.float32]
 
 
-@pytest.mark.parametrize("dtype", _native.DTYPE_CODE, ids=str)
+@pytest.mark.parametrize("dtype", [*_native.DTYPE_CODE, torch.int64], ids=str)
 def test_dtype_codes_mean_the_same_on_both_sides(dtype):
     text = _native.module().describe(_native.view(torch.zeros(2, 3, dtype=dtype)))
     assert text == f"{str(dtype).removeprefix('torch.')} (2, 3), strides (3, 1)"
@@ -47,7 +47,7 @@ def test_view_rejects_a_dtype_that_is_not_built():
         ((0, FLOAT32, (1,) * 6, (1,) * 6), "x must have at most 5 dims, got 6"),
         ((0, FLOAT32, (2, 3), (1,)), "x has 2 sizes but 1 strides"),
         ((0, FLOAT32, (2, -3), (1, 1)), "x has size -3 in dim 1"),
-        ((0, 9, (2,), (1,)), "dtype code must be 0, 1 or 2, got 9"),
+        ((0, 9, (2,), (1,)), "dtype code must be 0 to 3, got 9"),
     ],
     ids=["items", "dims", "strides", "negative", "dtype"],
 )
@@ -65,9 +65,11 @@ def test_build_info_agrees_with_the_module():
 
 
 def test_exactly_a_machine_without_kernels_has_a_reason():
+    assert not _native.module().emulated
     runs = _native.module().cuda_version is not None and torch.cuda.is_available()
     reason = _native.why_no_kernels()
     assert (reason == "") == (runs and _native.module().driver_error() == "")
+    assert len(build_info()["attention"]) == len(build_info()["devices"])
     assert len(build_info()["devices"]) == (torch.cuda.device_count() if reason == "" else 0)
 
 
@@ -79,11 +81,20 @@ def test_reason_is_a_constant_to_the_compiler():
     assert torch.equal(compiled(torch.zeros(2)), add_one_without_kernels(torch.zeros(2)))
 
 
+def test_a_device_without_kernels_has_no_streams():
+    assert _native.stream_of(torch.zeros(1)) == (0, 0)
+
+
+def test_emulated_module_stands_in_for_the_compiled_one(emulated):
+    assert _native.module() is emulated.module
+    assert build_info() == {"cuda": None, "archs": "", "devices": (), "attention": (), "why_no_kernels": ""}
+
+
 @pytest.mark.gpu
 def test_stream_of_is_the_stream_current_on_the_device():
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        assert _native.stream_of(torch.zeros(1, device="cuda")) == stream.cuda_stream
+        assert _native.stream_of(torch.zeros(1, device="cuda")) == (stream.device_index, stream.cuda_stream)
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ __all__ = ["EchoConfig", "EchoPipeline", "NonFiniteError", "ResumeWarning", "Str
 _HOMES = {
     "EchoConfig": "config",
     "EchoPipeline": "pipeline",
-    "NonFiniteError": "sampler",
+    "NonFiniteError": "finite",
     "ResumeWarning": "state",
     "Stream": "stream",
     "preset": "config",

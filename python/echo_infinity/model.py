@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from echo_ext import gated_add, gated_modulate, modulate
 from echo_infinity.cache import KV, Call
 from echo_infinity.config import ModelConfig
 
@@ -195,9 +196,10 @@ class Block(nn.Module):
         self, x: Tensor, y: Tensor, gate1: Tensor, text: KV, shift2: Tensor, scale2: Tensor, gate2: Tensor
     ) -> Tensor:
         """Everything after attention, whose output ``y`` is ``(B, T, H, d)``."""
-        x = gated_add(x, self.self_attn.o(y.flatten(-2)), gate1)
-        x = x + self.cross_attn(self.norm3(x), text)
-        return gated_add(x, self.ffn(modulate(x, shift2, scale2, self.eps)), gate2)
+        norm3 = self.norm3
+        x, h = gated_modulate(x, self.self_attn.o(y.flatten(-2)), gate1, norm3.bias, norm3.weight, norm3.eps)
+        x, h = gated_modulate(x, self.cross_attn(h, text), None, shift2, scale2, self.eps)
+        return gated_add(x, self.ffn(h), gate2)
 
 
 class SelfAttention(nn.Module):
@@ -260,26 +262,6 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
         return self.head(modulate(x, *modulation, self.eps))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm without weights, then ``* scale + shift`` per frame.
-
-    Args:
-        x: ``(B, T, D)``.
-        shift: ``(B, F, 1, D)``.
-        scale: ``(B, F, 1, D)``, already 1 + the predicted scale.
-        eps: of the norm.
-    """
-    frames = shift.shape[1]
-    norm = nnf.layer_norm(x, x.shape[-1:], eps=eps).view(x.shape[0], frames, -1, x.shape[-1])
-    return torch.addcmul(shift, norm, scale).view(x.shape)
-
-
-def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """``x + gate * y`` with one gate a frame, ``(B, F, 1, D)``."""
-    by_frame = (x.shape[0], gate.shape[1], -1, x.shape[-1])
-    return torch.addcmul(x.view(by_frame), y.view(by_frame), gate).view(x.shape)
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:

@@ -41,17 +41,25 @@ class Generator:
         if memory is not None and _thawed(memory.config) != _thawed(config.memory):
             raise ValueError(f"memory is {memory.config}, the configuration says {config.memory}")
         self.config, self.model, self.memory, self.kv = config, model, memory, kv
-        self.device, self.dtype = model.head.head.weight.device, model.head.head.weight.dtype
+        self._head = model.head.head
+        self.device, self.dtype = self._head.weight.device, self._head.weight.dtype
         self.schedule = FlowSchedule(s.shift)
         self.timesteps = self.schedule.warp(s.steps) if s.warp else [float(t) for t in s.steps]
         self.geometry = Geometry(config, self.device)
         self._levels: dict[float, Conditioning] = {}
+        self._made_with = self._weights_version()
 
     def level(self, t: float) -> Conditioning:
-        """Return the conditioning of timestep ``t``, computed once."""
+        """Return the conditioning of timestep ``t``, computed once, and anew after the weights have changed."""
+        if (version := self._weights_version()) != self._made_with:
+            self._levels, self._made_with = {}, version
         if t not in self._levels:
             self._levels[t] = self.model.condition(torch.full((1, 1), t, device=self.device))
         return self._levels[t]
+
+    def _weights_version(self) -> int:
+        """Counts in-place updates, as an optimiser or ``load_state_dict`` makes them to every weight."""
+        return 0 if self._head.weight.is_inference() else self._head.weight._version
 
 
 def _thawed(memory: MemoryConfig | None) -> MemoryConfig | None:

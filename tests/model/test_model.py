@@ -10,7 +10,7 @@ from echo_infinity.cache import Geometry, RingKV
 from echo_infinity.config import preset
 from echo_infinity.functional import FunctionalKV
 from echo_infinity.memory import EvolvingMemory
-from echo_infinity.model import CausalDiT, Head, gated_add, modulate, sinusoid
+from echo_infinity.model import CausalDiT, Head, sinusoid
 from micro import GOLDEN, load, micro_config, micro_generator
 from numerics import assert_no_worse_than, assert_same_bits
 from torch.nn import functional as nnf
@@ -121,18 +121,6 @@ def test_every_frame_can_have_its_own_timestep(micro):
         for a, b in zip((*mixed.layers, mixed.head), (*alone.layers, alone.head), strict=True):
             for x, y in zip(a, b, strict=True):
                 assert_no_worse_than(x[:, i : i + 1], y, y)
-
-
-def test_modulation_and_gates_act_per_frame():
-    x, y = torch.randn(2, 2, 6, 8, dtype=torch.float64)
-    shift, scale, gate = torch.randn(3, 2, 3, 1, 8, dtype=torch.float64)
-    centred = x - x.mean(-1, keepdim=True)
-    norm = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt()
-    spread = [z.expand(2, 3, 2, 8).flatten(1, 2) for z in (shift, scale, gate)]
-    expected = norm * spread[1] + spread[0]
-    assert_no_worse_than(modulate(x, shift, scale, 1e-3), expected, expected)
-    expected = x + y * spread[2]
-    assert_no_worse_than(gated_add(x, y, gate), expected, expected)
 
 
 @torch.no_grad()

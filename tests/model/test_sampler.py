@@ -204,6 +204,17 @@ def test_an_euler_step_matches_golden_data():
         assert_golden(out, tensors["shift5.step"][i])
 
 
+def test_noise_levels_follow_the_weights():
+    generator = make_generator(memory=False)
+    before = generator.level(500.0)
+    assert generator.level(500.0) is before
+    with torch.no_grad():
+        generator.model.head.modulation.add_(1.0)
+        generator.model.head.head.weight.mul_(2.0)
+    after = generator.level(500.0)
+    assert_no_worse_than(after.head[0], before.head[0] + 1, before.head[0].double() + 1)
+
+
 def test_a_batch_of_streams_equals_single_streams():
     generator = make_generator(dtype=torch.float64)
     texts, noises = [prompt(generator) for _ in range(2)], [wide_noise(seed) for seed in (1, 2)]

@@ -25,6 +25,7 @@ from echo_infinity.training.loop import Trainer
 from echo_infinity.weights import find, load_checkpoint, load_parts, save_checkpoint
 from echo_infinity.worlds import VOCABULARY
 
+_STANDS_OUT = 2.0  # mean square over channels, of latents with unit variance
 GROUPS = ("reappear", "first_open", "sighted", "closed")
 
 
@@ -42,7 +43,10 @@ class FlowTraining:
         graded: blocks of a clip that are denoised and graded: one in which objects come back, where the clip has one,
             and others at random; the rest are only shown (context pass). 0 grades all blocks.
         reappear_share: share of batches of clips with a reappearance, where not all blocks are graded.
+        entry_share: share of the other batches that are of clips with a first sight in the same, graded, block.
         reappear_weight: weight of blocks in which objects come back; only memory can lower their loss.
+        object_weight: extra weight of the latents that objects cover, a few in a hundred; where it is uncertain
+            whether one shows, it makes the model believe in it sooner. Falls to nothing over the run.
         reappear_noise: least ``u`` (noise level before the shift) in those blocks, and in half of first sights.
         shift: of the training noise levels.
         context_noise: largest standard deviation of noise on the clean latents that a context pass caches.
@@ -62,7 +66,9 @@ class FlowTraining:
     warmup: int = 50
     graded: int = 0
     reappear_share: float = 0.8
+    entry_share: float = 0.0
     reappear_weight: float = 5.0
+    object_weight: float = 0.0
     reappear_noise: float = 0.6
     shift: float = 3.0
     context_noise: float = 0.1
@@ -193,13 +199,15 @@ class FlowTrainer(Trainer):
         s = self.settings
         if not s.graded:
             return torch.randint(len(self.clips), (s.batch,), generator=generator), list(range(s.blocks))
-        again = self.clips.reappear[:, : s.blocks]
-        chosen, pool = [], torch.arange(len(self.clips))
-        if again.any() and torch.rand((), generator=generator) < s.reappear_share:
-            rows, blocks = again.nonzero(as_tuple=True)
-            block = blocks[torch.randint(len(blocks), (), generator=generator)]
-            chosen, pool = [int(block)], rows[blocks == block]
-        others = torch.randperm(s.blocks, generator=generator).tolist()
+        chosen, pool, end = [], torch.arange(len(self.clips)), s.blocks
+        for share, marks in ((s.reappear_share, self.clips.reappear), (s.entry_share, self.clips.first_open)):
+            if torch.rand((), generator=generator) < share and (marks := marks[:, : s.blocks]).any():
+                rows, blocks = marks.nonzero(as_tuple=True)
+                block = blocks[torch.randint(len(blocks), (), generator=generator)]
+                chosen, pool = [int(block)], rows[blocks == block]
+                end = min(s.blocks, int(block) + 3)  # a step costs what the blocks up to its last graded one cost
+                break
+        others = torch.randperm(end, generator=generator).tolist()
         chosen += [block for block in others if block not in chosen][: s.graded - len(chosen)]
         return pool[torch.randint(len(pool), (s.batch,), generator=generator)], sorted(chosen)
 
@@ -252,7 +260,11 @@ class FlowTrainer(Trainer):
                     level = self.model.condition(1000 * sigma.view(batch, 1))
                     flow = self.model(x_t, level, text, cache, call, read).float()
                 if not own:
-                    losses.append((flow - (noise - x0)).square().mean(dim=(1, 2, 3, 4)))
+                    square = (flow - (noise - x0)).square()
+                    if s.object_weight:
+                        share = 1 + s.object_weight * (1 - self.step / s.steps) * object_share(x0)
+                        square = square * (share / share.mean(dim=(1, 2, 3, 4), keepdim=True))
+                    losses.append(square.mean(dim=(1, 2, 3, 4)))
                     weights.append(torch.where(again, s.reappear_weight, 1.0))
                 predicted = x_t - sigma * flow.detach()
             if block < max(graded):
@@ -304,3 +316,16 @@ class FlowTrainer(Trainer):
     def _set(self, values: dict[str, Tensor]) -> None:
         for name, x in self.parameters():
             x.copy_(values[name])
+
+
+def object_share(latents: Tensor) -> Tensor:
+    """How much each latent stands out from its row, 0 .. 1: scenes are the same all along a row, objects are not.
+
+    Args:
+        latents: ``(B, F, C, h, w)``, normalised.
+
+    Returns:
+        ``(B, F, 1, h, w)``.
+    """
+    away = (latents - latents.median(dim=-1, keepdim=True).values).square().mean(dim=2, keepdim=True)
+    return (away / _STANDS_OUT).clamp(max=1.0)
