@@ -16,6 +16,12 @@ _GOLDEN = {"value": 2e-5, "residual_sink_anchor": 5e-5, "gradient": 1e-5}
 # A codec fed chunk by chunk against the whole video at once: same sums, other shapes, so other summation orders.
 STREAM_TOLERANCE = 1e-5
 
+# The same weights in a library that no one here wrote, float32: absolute, for values of about 1.
+_LIBRARY = 1e-5
+
+# A rollout with weights or cache in e4m3 against the one in full: root mean square, relative; one rounding of e4m3.
+_FP8 = 1 / 16
+
 # Float32 sums and ex2 of an instruction, whose order and rounding the hardware chooses; of the largest value.
 _INSTRUCTION = 1e-5
 
@@ -50,6 +56,21 @@ def assert_stream_equal(actual: Tensor, expected: Tensor) -> None:
     """Check what came out chunk by chunk against the whole at once."""
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, whole {tuple(expected.shape)}"
     _assert_within(actual, expected, STREAM_TOLERANCE)
+
+
+def assert_library_equal(actual: Tensor, expected: Tensor) -> None:
+    """Check against what another library computed, or made of weights, in float32."""
+    assert actual.dtype == expected.dtype == torch.float32
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, the library's {tuple(expected.shape)}"
+    _assert_within(actual, expected, _LIBRARY)
+
+
+def assert_fp8_close(actual: Tensor, expected: Tensor) -> None:
+    """Check a rollout in eight bits against the one in full."""
+    assert actual.shape == expected.shape
+    difference = (actual.double() - expected.double()).square().mean().sqrt().item()
+    size = expected.double().square().mean().sqrt().item()
+    assert difference <= _FP8 * size, f"root mean square error {difference / size:.3e} > allowed {_FP8:.3e}"
 
 
 def assert_sum_equal(actual: Tensor, expected: Tensor) -> None:

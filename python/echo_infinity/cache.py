@@ -129,6 +129,7 @@ class RingKV:
         batch: ``B``.
         dtype: of keys and values.
         device: where the buffers live.
+        full_layers: layers to make buffers for; default all.
 
     Source: docs/method.md sections 2 and 3.
     """
@@ -139,6 +140,8 @@ class RingKV:
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        *,
+        full_layers: int | None = None,
     ) -> None:
         m, w = config.model, config.window
         self.config = config
@@ -148,7 +151,8 @@ class RingKV:
         def buffers(count: int) -> list[Tensor]:
             return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(count)]
 
-        self.k, self.v = buffers(m.layers), buffers(m.layers)
+        layers = m.layers if full_layers is None else full_layers
+        self.k, self.v = buffers(layers), buffers(layers)
         # Memory writes read the last layer's keys before rotation; absolute mode hands them over rotated.
         self.raw = buffers(1)[0] if config.memory is not None and w.relative else None
 

@@ -24,9 +24,13 @@ _DELEGATED = {
         "long": "echo_infinity.training.long",
     },
 }
+# The same without a second word.
 _MODULES = {
     "eval": ("echo_infinity.evaluation.command", "measure recall, drift, prompt adherence and cost"),
     "inspect": ("echo_infinity.inspection.command", "draw what the memory reads and what reads the memory"),
+    "convert": ("echo_infinity.commands.convert", "make a model folder of other people's checkpoints"),
+    "embed": ("echo_infinity.commands.embed", "compute prompts' embeddings, so that a run needs no text encoder"),
+    "plan": ("echo_infinity.commands.plan", "say what memory a model takes, and what fits a GPU"),
 }
 _HELP = {"train": "train a part of the bundled model"}
 
@@ -80,7 +84,7 @@ def _run_module(name: str, command: list[str], rest: Sequence[str]) -> int:
     given = parser.parse_args(rest)
     try:
         return int(module.run(given) or 0)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise UserError(str(error)) from error
 
 
@@ -112,6 +116,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a video and its state that are there already")
     parser.add_argument("--seed", type=int, help="of the noise (default 0)")
     parser.add_argument("--model", help="a bundled model or a checkpoint's folder (default tiny, or as saved)")
+    parser.add_argument("--text", metavar="PATH", help="text encoder's folder, or a file made by 'embed'")
+    parser.add_argument("--text-keep", choices=["loaded", "cpu", "freed"], help="the encoder, after a prompt")
+    parser.add_argument("--text-device", metavar="DEVICE", help="where the encoder computes (default the model's)")
+    parser.add_argument("--decoder", choices=["own", "wan", "tiny"], help="default the first that the model has")
+    parser.add_argument("--decoder-dtype", choices=["float32", "bfloat16", "float16"], help="default float32")
+    parser.add_argument("--weights", choices=["full", "fp8"], help="linear layers as they are, or in e4m3")
+    parser.add_argument("--kv", choices=["full", "fp8"], help="cached keys and values as they are, or in e4m3")
     parser.add_argument("--memory", choices=["on", "off", "frozen"], help="evolving memory (default on)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default float32, or as saved")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default cuda where there is one)")

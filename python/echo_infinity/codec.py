@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,16 @@ from torch import Tensor, nn
 TIME_STRIDE = 4
 SPACE_STRIDE = 8
 State = dict[str, Tensor]
+
+
+class VideoCodec(Protocol):
+    """What a stream needs of a codec; :class:`Codec` says what the methods take and return."""
+
+    config: Any  # with latent_channels
+
+    def decode(self, latents: Tensor, state: State | None = None) -> tuple[Tensor, State]: ...
+
+    def encode(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, State]: ...
 
 
 @dataclass(frozen=True)

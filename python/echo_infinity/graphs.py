@@ -34,7 +34,7 @@ class CudaCapture:
     def record(self, body: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Capture ``body`` without running it."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # another thread may decode
             out = body()
         self._pool = graph.pool()
         return graph.replay, out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from echo_infinity.cache import KV
 from echo_infinity.codec import SPACE_STRIDE, TIME_STRIDE
+from echo_infinity.fp8 import MODES, narrow_weights
 from echo_infinity.noise import Noise
+from echo_infinity.parts import LatentsOnly, PartOptions
 from echo_infinity.policies import POLICIES, make_generator
 from echo_infinity.sampler import Generator
 from echo_infinity.settings import Callback, PromptChange, StreamSettings, frame_count
@@ -26,14 +29,31 @@ class EchoPipeline:
     Args:
         checkpoint: a generator's parts, from :func:`echo_infinity.weights.load_checkpoint`.
         source: where it came from; kept in saved streams, for the command line to find it again.
+        parts: which text encoder and decoder were asked for; kept with the source.
+        weights: "full", or "fp8" to keep the transformer's linear layers in e4m3.
+        kv: "full", or "fp8" to keep cached keys and values in e4m3.
     """
 
-    def __init__(self, checkpoint: Checkpoint, source: str | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        source: str | None = None,
+        parts: Mapping[str, str] | None = None,
+        *,
+        weights: str = "full",
+        kv: str = "full",
+    ) -> None:
+        for name, mode in (("weights", weights), ("kv", kv)):
+            if mode not in MODES:
+                raise ValueError(f"{name} must be one of {', '.join(MODES)}, got {mode!r}")
         self.config, self.fingerprint, self.source = checkpoint.config, checkpoint.fingerprint, source
+        self.parts = dict(parts or {})
         self.model, self.memory, self.codec = checkpoint.model, checkpoint.memory, checkpoint.codec
         self._text, self._checkpoint = checkpoint.text, checkpoint
         parameter = next(self.model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device, self.dtype, self.weights, self.kv = parameter.device, parameter.dtype, weights, kv
+        if weights == "fp8":
+            narrow_weights(self.model)
         self._generators: dict[str, Generator] = {}
 
     @classmethod
@@ -44,25 +64,42 @@ class EchoPipeline:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         relative_ids: bool | None = None,
+        weights: str = "full",
+        kv: str = "full",
+        **parts: Any,
     ) -> EchoPipeline:
         """Load a model.
 
         Args:
             name_or_folder: a bundled model's name or a checkpoint's folder.
-            dtype: of model, memory and text; the codec stays float32.
+            dtype: of model, memory and learned text; the codec stays float32.
             device: where everything runs.
             relative_ids: override the configuration's relative (True) or absolute (False) frame ids, as an ablation.
+            weights: "fp8" keeps the transformer's linear layers in e4m3 (docs/precision.md has the error).
+            kv: "fp8" keeps cached keys and values in e4m3.
+            parts: which text encoder and decoder, and how: fields of :class:`echo_infinity.parts.PartOptions`.
 
         Raises:
             ValueError: unknown name, impossible geometry, or missing, corrupt or truncated files.
             FileNotFoundError: a checkpoint's file is missing.
+            MissingExtraError: a part needs a library that is not installed.
         """
-        checkpoint = load_checkpoint(name_or_folder, dtype=dtype, device=device)
+        checkpoint = load_checkpoint(name_or_folder, dtype=dtype, device=device, parts=PartOptions(**parts))
         if relative_ids is not None:
             window = replace(checkpoint.config.window, relative=relative_ids)
             checkpoint = checkpoint._replace(config=replace(checkpoint.config, window=window))
         source = os.path.abspath(name_or_folder) if os.path.isdir(name_or_folder) else os.fspath(name_or_folder)
-        return cls(checkpoint, source)
+        kept = {name: str(x).removeprefix("torch.") for name, x in parts.items() if x is not None}
+        if "text" in kept:
+            kept["text"] = os.path.abspath(kept["text"])
+        kept |= {name: mode for name, mode in (("weights", weights), ("kv", kv)) if mode != "full"}
+        return cls(checkpoint, source, kept, weights=weights, kv=kv)
+
+    def environment(self) -> dict[str, Any]:
+        """Return what a bit-exact continuation needs beside weights and configuration."""
+        found = environment(self.device, self.dtype)
+        narrowed = [name for name, mode in (("weights", self.weights), ("kv", self.kv)) if mode == "fp8"]
+        return found | ({"dtype": f"{found['dtype']}, fp8 {' and '.join(narrowed)}"} if narrowed else {})
 
     @property
     def fps(self) -> int:
@@ -109,6 +146,8 @@ class EchoPipeline:
         settings = StreamSettings(
             seed, noise, memory, memory_dtype, output_type, callback, autosave, autosave_every
         )  # fmt: skip
+        if output_type == "pixels" and isinstance(self.codec, LatentsOnly):
+            raise ValueError(self.codec.reason)
         return Stream(self, PromptChange(prompt, 0), settings)
 
     def resume(
@@ -150,7 +189,7 @@ class EchoPipeline:
             )
         if meta["output_type"] == "latents" and output_type == "pixels":
             raise ValueError(f"{saved.path} ran with output_type 'latents' and holds no decoder state: resume it so")
-        warn_differences(saved, environment(self.device, self.dtype))
+        warn_differences(saved, self.environment())
         dtype = None if meta["memory_dtype"] is None else getattr(torch, meta["memory_dtype"])
         output_type = output_type or meta["output_type"]
         settings = StreamSettings(
@@ -216,6 +255,6 @@ class EchoPipeline:
 
     def _make_generator(self, memory: str) -> Generator:
         if memory == "on":
-            return make_generator(self._checkpoint)
+            return make_generator(self._checkpoint, kv=self.kv)
         kept = POLICIES["frozen" if memory == "frozen" else "sink"]
-        return Generator(self.config, self.model, kept.module(self.memory), kept.recall)
+        return Generator(self.config, self.model, kept.module(self.memory), kept.recall, kv=self.kv)

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,6 +60,7 @@ class Recorder:
         self.rest = torch.zeros(0, height, width, 3, dtype=torch.uint8) if stream.video is None else stream.video.rest
         self.saved: Path | None = None  # where the last good state of this run is
         self._error: OSError | VideoWriteError | None = None
+        self._waiting: deque[tuple[Tensor, int]] = deque()  # generated and not decoded yet
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """Generate until the target is reached or ``stop()``, asked at every block boundary, says so.
@@ -70,7 +72,17 @@ class Recorder:
             NonFiniteError: NaN or Inf; no state is saved any more.
             VideoWriteError: the disk refused; the stream can still be saved, with the frames that aren't written.
             OSError: the same, from the file of hashes.
+            OutOfMemoryError: torch's; the stream can still be saved.
         """
+        try:
+            return self._run(stop)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            while self._waiting:  # alone now: what is generated can be decoded before the stream is saved
+                self._take_next()
+            raise
+
+    def _run(self, stop: Callable[[], bool]) -> bool:
         made, saved_at = self.written + len(self.rest), time.monotonic()
         self._flush()
         if self.autosave is not None:
@@ -81,10 +93,11 @@ class Recorder:
                 before = self.stream.frames
                 latents = self.stream.next_latents()
                 made += self.stream.frames - before
+                self._waiting.append((latents, self.stream.block - 1))
                 if job is not None:
                     job.result()
                     self.on_block(self.written)
-                job = worker.submit(self._take, latents, self.stream.block - 1)
+                job = worker.submit(self._take_next)
                 if self.autosave is not None and time.monotonic() - saved_at >= self.autosave:
                     job.result()
                     self._save_on_time()
@@ -120,8 +133,10 @@ class Recorder:
             kept = f"the state saved before is still at {self.saved}" if self.saved else "no state is saved yet"
             self.on_trouble(f"could not save the stream: {error}; {kept}; going on")
 
-    def _take(self, latents: Tensor, block: int) -> None:
+    def _take_next(self) -> None:
+        latents, block = self._waiting[0]
         frames = self.stream.decode(latents)
+        self._waiting.popleft()
         self.rest = torch.cat([self.rest, frames]) if len(self.rest) else frames
         if self.hashes is not None:
             line = f"{block} {hashlib.sha256(frames.numpy().data).hexdigest()}\n"
@@ -159,7 +174,7 @@ def save_somewhere(recorder: Recorder, places: list[Path]) -> tuple[Path | None,
         return None, []
     try:
         return recorder.save(places[0]), []
-    except (NonFiniteError, VideoWriteError) as error:  # the same everywhere
+    except (NonFiniteError, VideoWriteError, ValueError) as error:  # the same everywhere
         return None, [str(error)]
     except OSError as error:
         saved, reasons = save_somewhere(recorder, places[1:])

@@ -11,12 +11,14 @@ from torch import Tensor
 from echo_infinity.cache import KV, Call, Geometry, RingKV
 from echo_infinity.config import EchoConfig
 from echo_infinity.finite import FiniteWatch
+from echo_infinity.fp8 import Fp8RingKV, convert_cache
 from echo_infinity.graphs import BlockGraphs
 from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.model import CausalDiT, Conditioning
 from echo_infinity.noise import Noise
-from echo_infinity.recall import RecallFactory, keep_own
+from echo_infinity.recall import RecallFactory, StreamMemory, keep_own
 from echo_infinity.schedule import FlowSchedule
+from echo_infinity.undo import BlockUndo
 
 
 class Generator:
@@ -27,6 +29,7 @@ class Generator:
         model: the DiT.
         memory: the evolving memory; None streams without one.
         recall: makes each stream's side of what it keeps of frames that left its window; by default of ``memory``.
+        kv: how streams keep keys and values, "full" or "fp8".
 
     Raises:
         ValueError: the memory is not the one that ``config`` describes, or ``config`` asks for a policy other than the
@@ -39,6 +42,8 @@ class Generator:
         model: CausalDiT,
         memory: EvolvingMemory | None,
         recall: RecallFactory | None = None,
+        *,
+        kv: str = "full",
     ) -> None:
         s = config.sampler
         if recall is None and config.policy != "evolving":
@@ -48,7 +53,7 @@ class Generator:
             )
         if memory is not None and _thawed(memory.config) != _thawed(config.memory):
             raise ValueError(f"memory is {memory.config}, the configuration says {config.memory}")
-        self.config, self.model, self.memory = config, model, memory
+        self.config, self.model, self.memory, self.kv = config, model, memory, kv
         self.recall = keep_own if recall is None else recall
         self._head = model.head.head
         self.device, self.dtype = self._head.weight.device, self._head.weight.dtype
@@ -102,7 +107,8 @@ class BlockSampler:
         config = generator.config
         self.generator, self.text, self.noise, self.batch = generator, text, noise, batch
         self.frame = 0
-        self.cache = RingKV(config, batch, generator.dtype, generator.device)
+        ring = Fp8RingKV if generator.kv == "fp8" else RingKV
+        self.cache = ring(config, batch, generator.dtype, generator.device)
         self.memory = generator.recall(generator.memory, config, batch, memory_dtype)
         m, w = config.model, config.window
         self._shape = (batch, w.frames_per_block, m.latent_channels, config.latent_rows, config.latent_columns)
@@ -132,14 +138,21 @@ class BlockSampler:
         Raises:
             NonFiniteError: the block holds NaN or Inf (on a GPU perhaps an earlier one: the loop does not wait for the
                 answer); the stream's window and memory may be spoilt: resume from the last saved state.
+            OutOfMemoryError: torch's; the stream is where it was before the block, and can be saved or tried again
+                (under the policies with the model's own memory; what another policy keeps may be spoilt).
         """
         self.finite.check()
         call = self._call(self.frame, self._shape[1])
+        undo = BlockUndo(self.cache, self.memory if isinstance(self.memory, StreamMemory) else None, call)
         x = None
-        if self.graphs is not None and not self.graphs.why_not(call):
-            x = self.graphs.run(call)
-        if x is None:
-            x = self.run_calls(call, self.draw)
+        try:
+            if self.graphs is not None and not self.graphs.why_not(call):
+                x = self.graphs.run(call)
+            if x is None:
+                x = self.run_calls(call, self.draw)
+        except torch.OutOfMemoryError:
+            undo.back()
+            raise
         self.finite.note(x, self.block)
         self._remember(x)
         return x
@@ -220,9 +233,11 @@ class BlockSampler:
             call = self._call(self.frame - w.local_frames, w.local_frames, recache=True)
         else:
             call = self._call(self.frame - w.window_frames, w.window_frames, recache=True, sink_ids=False)
-        flow = self._flow(self._recent(call.frames), 0.0, call)
-        if saved is not None:
-            self.cache.restore_sink(saved)
+        try:
+            flow = self._flow(self._recent(call.frames), 0.0, call)
+        finally:  # after a failure too: the switch can be tried again, since it makes the rest anew
+            if saved is not None:
+                self.cache.restore_sink(saved)
         if memory_recache and self.memory is not None and self.memory.active:
             self.memory.rewrite(self.cache.local(self.frame), self.cache)
         return flow
@@ -241,6 +256,7 @@ class BlockSampler:
         """
         own = {name: x for name, x in self.tensors().items() if not name.startswith("memory.")}
         given = {name: x for name, x in named.items() if not name.startswith("memory.")}
+        given = convert_cache(given, self.generator.kv, self.generator.dtype)
         if own.keys() != given.keys():
             raise ValueError(
                 f"missing or unexpected in the saved stream: {', '.join(sorted(own.keys() ^ given.keys()))}"

@@ -18,10 +18,11 @@ from torch import Tensor
 from echo_infinity.cache import KV
 from echo_infinity.codec import TIME_STRIDE, to_uint8
 from echo_infinity.finite import NonFiniteError
+from echo_infinity.lane import Lane
 from echo_infinity.noise import counter_noise
 from echo_infinity.sampler import BlockSampler
 from echo_infinity.settings import PromptChange, StreamSettings
-from echo_infinity.state import SavedStream, SavedVideo, environment, write_state
+from echo_infinity.state import SavedStream, SavedVideo, write_state
 
 if TYPE_CHECKING:
     from echo_infinity.pipeline import EchoPipeline
@@ -49,6 +50,7 @@ class Stream:
         self._decoder: dict[str, Tensor] | None = None
         self._switch: tuple[PromptChange, list[KV]] | None = None
         self._undecoded = 0
+        self._lane = Lane(pipe.device)
         self._failure: NonFiniteError | None = None
         self._closed = False
         self._lock = threading.RLock()
@@ -119,7 +121,9 @@ class Stream:
                 self._failure = error
                 raise
             self._undecoded += 1
-            return latents[0].clone()  # a plain tensor, not one of inference mode
+            own = latents[0].clone()  # a plain tensor, not one of inference mode
+            self._lane.made()
+            return own
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode the blocks of :meth:`next_latents`, each once and in order.
@@ -133,7 +137,7 @@ class Stream:
         Raises:
             NonFiniteError: the decoder gave NaN or Inf.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), self._lane.use(latents):
             pixels, state = self.pipe.codec.decode(latents[None].to(self.pipe.device), self._decoder)
             if not torch.isfinite(pixels).all():
                 self._failure = NonFiniteError("the decoder gave NaN or Inf; resume from the last saved state")
@@ -258,7 +262,8 @@ class Stream:
             "config": json.loads(self.pipe.config.to_json()),
             "fingerprint": self.pipe.fingerprint,
             "source": self.pipe.source,
-            "environment": environment(self.pipe.device, self.pipe.dtype),
+            "parts": self.pipe.parts,
+            "environment": self.pipe.environment(),
             "seed": s.seed,
             "noise": "counter" if s.noise is None else "injected",
             "memory": s.memory,

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+
+class TextEncoder(Protocol):
+    """What a pipeline needs of a text encoder: ``B`` prompts to ``(B, n, width)``, zeros past each one's length."""
+
+    def encode(self, prompts: Sequence[str]) -> Tensor: ...
 
 
 class UnknownWordsWarning(UserWarning):

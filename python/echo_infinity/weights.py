@@ -1,4 +1,4 @@
-"""A generator's folder: config.json, model.safetensors, codec.safetensors; read strictly, safetensors only."""
+"""A generator's folder: configuration, weights in one file or in shards, text encoder, decoders; safetensors only."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from echo_infinity.checkpoints.entries import INDEX_SUFFIX, Entries, check_entries, open_safetensors, open_shards
 from echo_infinity.codec import Codec
 from echo_infinity.config import PRESETS, EchoConfig
-from echo_infinity.memory import EvolvingMemory
+from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.model import CausalDiT
+from echo_infinity.parts import CODEC, PartOptions, codec_path, open_codec, open_text
 from echo_infinity.text import GrammarText
 
-CONFIG, MODEL, CODEC = "config.json", "model.safetensors", "codec.safetensors"
-_MODEL, _MEMORY, _TEXT = "model.", "model.query_memory_encoder.", "text."
+CONFIG, STEM = "config.json", "model"
+MODEL = f"{STEM}.safetensors"
+MODEL_PREFIX, MEMORY_PREFIX, _TEXT = "model.", "model.query_memory_encoder.", "text."
 
 
 class Checkpoint(NamedTuple):
@@ -32,8 +35,8 @@ class Checkpoint(NamedTuple):
     config: EchoConfig
     model: CausalDiT
     memory: EvolvingMemory | None
-    text: GrammarText
-    codec: Codec
+    text: Any  # a TextEncoder; GrammarText where the model learned its own
+    codec: Any  # a VideoCodec; Codec where it was trained with the model
     fingerprint: str  # of configuration and weights: a saved stream only resumes on the same
 
 
@@ -58,41 +61,50 @@ def find(name_or_folder: str | os.PathLike[str]) -> Path:
 
 
 def load_checkpoint(
-    name_or_folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    name_or_folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    parts: PartOptions | None = None,
 ) -> Checkpoint:
-    """Load a generator.
+    """Load a generator; each tensor goes to its place on its own, so the model is in memory once.
 
     Args:
-        name_or_folder: a bundled model (``tiny``) or a folder written by :func:`save_checkpoint`.
-        dtype: of model, memory and text; the codec stays float32.
+        name_or_folder: a bundled model (``tiny``) or a folder written by :func:`save_checkpoint` or by
+            ``echo-infinity convert``.
+        dtype: of model, memory and learned text; the codec stays float32 unless ``parts`` says otherwise.
         device: where everything goes.
+        parts: which text encoder and decoder.
 
     Raises:
         ValueError: unknown name, impossible configuration, corrupt or truncated file, or tensors that are missing,
             unexpected or of another shape (all of them listed).
     """
-    folder = find(name_or_folder)
-    text = (folder / CONFIG).read_text()
-    config = EchoConfig.from_json(text)
-    try:
-        vocabulary = json.loads(text_metadata(folder / MODEL)["vocabulary"])
-    except KeyError:
-        raise ValueError(f"{folder / MODEL} names no vocabulary: not written by save_checkpoint") from None
-    parts: dict[str, nn.Module] = {
-        _MODEL: CausalDiT(config.model),
-        _TEXT: GrammarText(vocabulary, config.model.text_tokens, config.model.text_width),
-    }
-    if config.memory is not None:
-        parts[_MEMORY] = EvolvingMemory(config.memory)
-    load_parts(parts, read_tensors(folder / MODEL), str(folder / MODEL))
-    for part in parts.values():
-        part.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    codec = Codec.load(folder / CODEC, device=device).eval().requires_grad_(False)
-    if codec.config.latent_channels != config.model.latent_channels:
-        raise ValueError(
-            f"the codec has {codec.config.latent_channels} latent channels, the model {config.model.latent_channels}"
-        )
-    return Checkpoint(config, parts[_MODEL], parts.get(_MEMORY), parts[_TEXT], codec, fingerprint(folder))  # type: ignore[arg-type]
+    folder, options = find(name_or_folder), parts or PartOptions()
+    config = EchoConfig.from_json((folder / CONFIG).read_text())
+    entries, vocabulary = _open_model(folder)
+    if config.model.layers > len(entries):
+        raise ValueError(f"{folder / CONFIG} has {config.model.layers} layers, the weights only {len(entries)} tensors")
+    with torch.device("meta"):
+        modules: dict[str, nn.Module] = {MODEL_PREFIX: CausalDiT(config.model)}
+        if config.memory is not None:
+            modules[MEMORY_PREFIX] = EvolvingMemory(config.memory)
+    if vocabulary is not None:
+        modules[_TEXT] = GrammarText(vocabulary, config.model.text_tokens, config.model.text_width)
+    _fill(modules, entries, str(folder / MODEL), dtype, device)
+    for module in modules.values():
+        module.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    text = modules.get(_TEXT) if options.text is None else None
+    own = vocabulary is not None and options.decoder is None  # a model trained here has its own codec, or is incomplete
+    codec_at = folder / CODEC if own else codec_path(folder, options.decoder)
+    return Checkpoint(
+        config,
+        modules[MODEL_PREFIX],  # type: ignore[arg-type]
+        modules.get(MEMORY_PREFIX),  # type: ignore[arg-type]
+        text or open_text(folder, config, options, device),
+        open_codec(codec_at, config.model.latent_channels, device, options.decoder_dtype),
+        fingerprint(folder, codec_at),
+    )
 
 
 def save_checkpoint(
@@ -115,9 +127,9 @@ def save_checkpoint(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parts: dict[str, nn.Module] = {_MODEL: model, _TEXT: text}
+    parts: dict[str, nn.Module] = {MODEL_PREFIX: model, _TEXT: text}
     if memory is not None:
-        parts[_MEMORY] = memory
+        parts[MEMORY_PREFIX] = memory
     tensors = {prefix + name: x.contiguous() for prefix, part in parts.items() for name, x in part.state_dict().items()}
     write_tensors(folder / MODEL, tensors, {"vocabulary": json.dumps(text.vocabulary)})
     if codec is not None:
@@ -178,12 +190,73 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
         temporary.unlink(missing_ok=True)
 
 
-def fingerprint(folder: str | os.PathLike[str]) -> str:
-    """Hash of everything in a model folder that a stream depends on."""
+def fingerprint(folder: str | os.PathLike[str], codec: Path | None = None) -> str:
+    """Hash of everything in a model folder that a stream depends on.
+
+    Args:
+        folder: the model's.
+        codec: the codec in use, a file or a folder; default the one trained with the model.
+    """
+    folder = Path(folder)
+    codec = folder / CODEC if codec is None and (folder / CODEC).is_file() else codec
+    paths = [folder / CONFIG, *_model_files(folder)]
+    if codec is not None:
+        paths += [codec] if codec.is_file() else sorted(path for path in codec.iterdir() if path.is_file())
     digest = hashlib.sha256()
-    for name in (CONFIG, MODEL, CODEC):
-        digest.update((Path(folder) / name).read_bytes())
+    for path in paths:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 22):
+                digest.update(piece)
     return digest.hexdigest()[:32]
+
+
+def _model_files(folder: Path) -> list[Path]:
+    if (folder / MODEL).is_file():
+        return [folder / MODEL]
+    return sorted(folder.glob(f"{STEM}-*.safetensors"))
+
+
+def _open_model(folder: Path) -> tuple[Entries, list[str] | None]:
+    """The generator's tensors, unread, and its vocabulary where it has a learned one."""
+    index = folder / f"{MODEL}{INDEX_SUFFIX}"
+    if index.is_file() and not (folder / MODEL).is_file():
+        return open_shards(index), None
+    entries = open_safetensors(folder / MODEL)
+    if not any(name.startswith(_TEXT) for name in entries):
+        return entries, None
+    try:
+        return entries, list(json.loads(text_metadata(folder / MODEL)["vocabulary"]))
+    except (KeyError, ValueError, TypeError):
+        raise ValueError(f"{folder / MODEL} names no vocabulary: not written by save_checkpoint") from None
+
+
+def _fill(
+    modules: Mapping[str, nn.Module], entries: Entries, source: str, dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Read the weights into modules built without memory."""
+    expected: dict[str, tuple[int, ...]] = {}
+    prefixes = sorted(modules, key=len, reverse=True)
+    for prefix, module in modules.items():
+        expected |= {prefix + name: tuple(x.shape) for name, x in module.state_dict().items()}
+    unused = unused_names(modules.get(MEMORY_PREFIX))
+    given = {n: x for n, x in entries.items() if n in expected or not n.startswith(unused)}
+    check_entries(given, expected, source)
+    own: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
+    for name, entry in given.items():
+        prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
+        own[prefix][name.removeprefix(prefix)] = entry.read().to(device=device, dtype=dtype, copy=True)
+    for prefix, tensors in own.items():
+        modules[prefix].load_state_dict(tensors, assign=True)
+
+
+def unused_names(memory: nn.Module | MemoryConfig | None) -> tuple[str, ...]:
+    """Prefixes of weights that checkpoints carry for options of the memory that are off."""
+    config = memory.config if isinstance(memory, EvolvingMemory) else memory
+    if not isinstance(config, MemoryConfig):
+        return ("\0",)  # no name starts so
+    off = [] if config.normalise_keys else ["norm_k_out"]
+    off += ["connector_proj", "gate_linear"] if config.residual else []
+    return tuple(MEMORY_PREFIX + name for name in off) or ("\0",)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -31,6 +32,12 @@ from echo_infinity.video import NullWriter, VideoPosition, VideoWriteError, Vide
 
 # Blocks of fewer values than this (tokens x width) are done sooner by one thread than shared out.
 _SMALL_BLOCK = 2**17
+_PARTS = ("text", "text_device", "text_keep", "decoder", "decoder_dtype", "weights", "kv")
+# What may differ when a stream goes on; another decoder or size needs a new stream.
+_LOWER = (
+    "to take less, add --text-device cpu, --decoder-dtype bfloat16, --kv fp8 or --weights fp8; "
+    "'echo-infinity plan --gpu 24GB' says what fits"
+)
 _EVERY = 0.2  # seconds between refreshes of the progress bar
 
 
@@ -53,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     """
     try:
         job = _prepare(args)
-    except (ValueError, OSError, VideoWriteError) as error:
+    except (ValueError, OSError, ImportError, VideoWriteError) as error:
         raise UserError(str(error)) from error
     begun, first = time.monotonic(), job.writer.position().frames
     fps = job.stream.pipe.fps
@@ -73,6 +80,10 @@ def run(args: argparse.Namespace) -> int:
             done = recorder.run(stop)
         except (NonFiniteError, VideoWriteError, OSError) as error:
             return _failed(args, recorder, error)
+        except torch.OutOfMemoryError as error:
+            code = _failed(args, recorder, RuntimeError(f"out of memory: {str(error).splitlines()[0]}"))
+            _say(_LOWER)
+            return code
         if not done:
             return _interrupted(args, recorder)
         if args.save is not None or args.autosave is not None or args.resume is not None:
@@ -137,8 +148,12 @@ def _load(args: argparse.Namespace, saved: SavedStream | None) -> EchoPipeline:
     then = {} if saved is None else saved.meta["environment"]
     cuda = torch.cuda.is_available() and then.get("device", "cuda").startswith("cuda")
     model = args.model or (saved.meta["source"] if saved is not None else None) or "tiny"
-    dtype = getattr(torch, args.dtype or then.get("dtype", "float32"))
-    pipe = EchoPipeline.from_pretrained(model, dtype=dtype, device=args.device or ("cuda" if cuda else "cpu"))
+    dtype = getattr(torch, args.dtype or then.get("dtype", "float32").partition(",")[0])
+    parts: dict[str, Any] = {} if saved is None else dict(saved.meta.get("parts", {}))
+    parts |= {name: getattr(args, name) for name in _PARTS if getattr(args, name) is not None}
+    if "decoder_dtype" in parts:
+        parts["decoder_dtype"] = getattr(torch, parts["decoder_dtype"])
+    pipe = EchoPipeline.from_pretrained(model, dtype=dtype, device=args.device or ("cuda" if cuda else "cpu"), **parts)
     c = pipe.config
     small = c.window.frames_per_block * c.tokens_per_frame * c.model.width < _SMALL_BLOCK
     torch.set_num_threads(args.threads or then.get("threads") or (1 if small else torch.get_num_threads()))

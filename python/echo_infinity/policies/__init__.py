@@ -51,22 +51,23 @@ def find_policy(name: str) -> Policy:
     return POLICIES[name]
 
 
-def make_generator(checkpoint: Checkpoint, policy: str | None = None) -> Generator:
+def make_generator(checkpoint: Checkpoint, policy: str | None = None, *, kv: str = "full") -> Generator:
     """Return what the streams of a model under a policy share.
 
     Args:
         checkpoint: the model.
         policy: its name; by default the one that the model was trained under.
+        kv: how streams keep keys and values, "full" or "fp8".
 
     Raises:
         ValueError: unknown policy, or the model can't run under it.
     """
     own = checkpoint.config.policy
     if policy is None and own == "evolving" and checkpoint.memory is None:
-        return Generator(checkpoint.config, checkpoint.model, None)
+        return Generator(checkpoint.config, checkpoint.model, None, kv=kv)
     chosen = find_policy(own if policy is None else policy)
     config = chosen.configure(checkpoint.config)
-    return Generator(config, checkpoint.model, chosen.module(checkpoint.memory), chosen.recall)
+    return Generator(config, checkpoint.model, chosen.module(checkpoint.memory), chosen.recall, kv=kv)
 
 
 def make_sampler(

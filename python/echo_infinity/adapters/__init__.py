@@ -1,0 +1,1 @@
+"""Memory, cache and positions for other people's generators."""

@@ -1,0 +1,114 @@
+"""Running out of memory: the block is undone, the stream is saved and goes on with the same bits."""
+
+import itertools
+
+import pytest
+import torch
+from echo_infinity.pipeline import EchoPipeline
+from echo_infinity.stream import Stream
+from numerics import assert_same_bits
+from running import frames_of, hashes_of
+from small import CIRCLE, SQUARE, save_small, small_pipe
+
+
+class Full:
+    """Stands in for the model and runs out of memory in one call, after its K/V are written in some layers."""
+
+    def __init__(self, model, call, layer):
+        self._model, self.left, self._layer = model, call, layer
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def __call__(self, x, conditioning, text, cache, call, memory=None, *, output=True):
+        self.left -= 1
+        if self.left == 0:
+            block = self._model.layers()[self._layer]
+            handle = block.register_forward_pre_hook(raise_out_of_memory)
+            try:
+                return self._model(x, conditioning, text, cache, call, memory, output=output)
+            finally:
+                handle.remove()
+        return self._model(x, conditioning, text, cache, call, memory, output=output)
+
+
+def raise_out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 4, 5, 9])
+@pytest.mark.parametrize("call", [1, 2, 5])
+@pytest.mark.parametrize("write_every", [1, 2])
+def test_a_block_that_ran_out_of_memory_is_tried_again_with_the_same_bits(blocks, call, write_every):
+    pipe = small_pipe(write_every=write_every)
+    expected = list(itertools.islice(pipe.stream(CIRCLE, output_type="latents"), blocks + 4))[blocks:]
+    stream = pipe.stream(CIRCLE, output_type="latents")
+    list(itertools.islice(stream, blocks))
+    generator = stream._sampler.generator
+    model = generator.model
+    try:
+        generator.model = Full(model, call, layer=1)
+        with pytest.raises(torch.OutOfMemoryError):
+            next(stream)
+    finally:
+        generator.model = model
+    assert stream.block == blocks
+    assert_same_bits(list(itertools.islice(stream, 4)), expected)
+
+
+@pytest.mark.parametrize("blocks", [2, 4, 7])
+@pytest.mark.parametrize("options", [{}, {"global_sink": False}, {"memory_recache": True}])
+def test_a_switch_that_ran_out_of_memory_is_tried_again_with_the_same_bits(blocks, options):
+    pipe, streams = small_pipe(), []
+    for fails in (False, True):
+        stream = pipe.stream(CIRCLE, output_type="latents")
+        list(itertools.islice(stream, blocks))
+        stream.switch(SQUARE, **options)
+        if fails:
+            generator = stream._sampler.generator
+            model = generator.model
+            try:
+                generator.model = Full(model, 1, layer=1)
+                with pytest.raises(torch.OutOfMemoryError):
+                    next(stream)
+            finally:
+                generator.model = model
+            assert [p.prompt for p in stream.prompts] == [CIRCLE]
+        streams.append(list(itertools.islice(stream, 3)))
+    assert_same_bits(streams[1], streams[0])
+
+
+@pytest.mark.parametrize("place", ["generating", "decoding"])
+def test_the_command_saves_the_stream_and_says_what_to_lower(echo, folder, monkeypatch, place):
+    plain = Stream.next_latents if place == "generating" else Stream.decode
+    calls = [0]
+
+    def sometimes(self, *args):
+        calls[0] += 1
+        if calls[0] == 4:
+            raise_out_of_memory()
+        return plain(self, *args)
+
+    assert echo(CIRCLE, "--frames", 69, "--no-video", "--raw-hashes", "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, plain.__name__, sometimes)
+        code, _, err = echo(CIRCLE, "--frames", 69, "-o", "out.mp4", "--raw-hashes", "halves")
+    assert code == 1
+    assert "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.\n" in err
+    assert "--text-device cpu, --decoder-dtype bfloat16, --kv fp8 or --weights fp8" in err
+    assert "the stream is saved; go on with:" in err
+    assert echo("--resume", "out.state.safetensors", "--raw-hashes", "halves")[0] == 0
+    assert hashes_of(folder / "halves") == hashes_of(folder / "whole")
+    assert frames_of(folder / "out.mp4") == list(range(69))
+
+
+@pytest.mark.parametrize("lower", [{"kv": "fp8"}, {"weights": "fp8"}])
+def test_a_stream_goes_on_with_less(tmp_path, lower):
+    model = save_small(tmp_path / "model")
+    stream = EchoPipeline.from_pretrained(model).stream(CIRCLE)
+    list(itertools.islice(stream, 6))
+    stream.save(tmp_path / "s.safetensors")
+    pipe = EchoPipeline.from_pretrained(model, **lower)
+    with pytest.warns(UserWarning, match="dtype was float32, is float32, fp8"):
+        resumed = pipe.resume(tmp_path / "s.safetensors")
+    assert (resumed.block, next(resumed).shape) == (6, (12, 32, 32, 3))
