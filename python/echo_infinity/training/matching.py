@@ -209,11 +209,12 @@ class MatchingTrainer(GeneratorTrainer):
         return gates
 
     def gate_statistics(self, gates: Sequence[Tensor]) -> dict[str, float]:
-        """Return mean and standard deviation of gates, for the log."""
+        """Return mean and standard deviation of the gates of all processes, for the log."""
         if not gates:
             return {}
-        every = torch.stack([gate.float() for gate in gates])
-        return {"gate_mean": every.mean().item(), "gate_std": every.std().item()}
+        every = torch.stack([gate.double() for gate in gates])
+        found = self.ranks.mean({"mean": every.mean().item(), "square": every.square().mean().item()})
+        return {"gate_mean": found["mean"], "gate_std": max(0.0, found["square"] - found["mean"] ** 2) ** 0.5}
 
     def probe(self) -> dict[str, float]:
         """Measure drift where it is due; end the run, or keep the best model so far, as the measures say."""
