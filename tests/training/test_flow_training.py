@@ -125,9 +125,10 @@ def test_in_a_teacher_every_frame_attends_to_every_frame(teaching):
         assert all(gradient[:, other].abs().sum() > 0 for other in range(12))
 
 
-def test_a_teacher_trains_exports_and_teaches(teaching):
-    row = teaching.take_step()
-    assert {"loss", "reappear"} <= set(row) or teaching.config.memory is None
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_teacher_trains_exports_and_teaches(teaching, bf16):
+    teaching.settings = replace(teaching.settings, bf16=bf16)
+    assert {"loss", "grad_norm"} <= set(teaching.take_step())
     assert all(x.grad is not None for _, x in teaching.trained())
     assert teaching.memory is None
     folder = teaching.export(Codec(CodecConfig(8, 4, 4, 4, 4, 4)))

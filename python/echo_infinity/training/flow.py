@@ -262,7 +262,7 @@ class FlowTrainer(GeneratorTrainer):
         first = torch.where(cut, torch.randint(room + 1, (len(index),), generator=generator), 0)
         places = [slice(int(b), int(b) + s.blocks) for b in first]
         starts = [(int(i), int(b) * FRAMES_PER_BLOCK) for i, b in zip(index, first, strict=True)][rows]
-        x0 = torch.stack([self.clips.latents[i, b : b + frames] for i, b in starts]).float().to(self.ranks.device)
+        x0 = torch.stack([self.clips.latents[i, b : b + frames].float() for i, b in starts]).to(self.ranks.device)
         text = self._encode_text(index, generator)
         sigma = shift_level(torch.rand(len(index), generator=generator), s.shift)[rows].to(x0.device)
         noise = self.draw_noise(generator, frames, len(index))

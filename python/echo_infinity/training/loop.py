@@ -87,7 +87,7 @@ class Trainer(ABC):
                 self.step += 1
                 self.log.append({"step": self.step, **row, "seconds": time.perf_counter() - began})
                 bar.update()
-                shown |= {k: f"{row[k]:.3f}" for k in self.curves if k in row}
+                shown |= {k: f"{row[k]:.3g}" for k in self.curves if k in row}
                 bar.set_postfix(shown, refresh=False)
                 if self.step % save_every == 0:
                     self.save()
