@@ -24,13 +24,12 @@ _DELEGATED = {
         "long": "echo_infinity.training.long",
         "ablate": "echo_infinity.training.ablate",
     },
-    "evaluate": {
-        "recall": "echo_infinity.evaluation.recall",
-        "prompt": "echo_infinity.evaluation.prompt",
-        "rollout": "echo_infinity.evaluation.rollout",
-    },
 }
-_HELP = {"train": "train a part of the bundled model", "evaluate": "measure what a model does"}
+_MODULES = {
+    "eval": ("echo_infinity.evaluation.command", "measure recall, drift, prompt adherence and cost"),
+    "inspect": ("echo_infinity.inspection.command", "draw what the memory reads and what reads the memory"),
+}
+_HELP = {"train": "train a part of the bundled model"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,11 +39,14 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return 0 ok, 130 interrupted, 2 a request that can't be served, 1 otherwise."""
-    args = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = _show_warning  # type: ignore[assignment]
+            if words and words[0] in _MODULES:
+                return _run_module(_MODULES[words[0]][0], words[:1], words[1:])
+            args = _parser().parse_args(words)
             return args.handler(args)
     except UserError as error:
         print(f"echo-infinity: error: {'; '.join(str(error).splitlines())}", file=sys.stderr)
@@ -68,11 +70,15 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _delegate(args: argparse.Namespace) -> int:
+    return _run_module(_DELEGATED[args.command][args.what], [args.command, args.what], args.rest)
+
+
+def _run_module(name: str, command: list[str], rest: Sequence[str]) -> int:
     """Parse the rest with the options of the module that does the work, and run it."""
-    module = importlib.import_module(_DELEGATED[args.command][args.what])
-    parser = _Parser(prog=f"echo-infinity {args.command} {args.what}", description=module.__doc__)
+    module = importlib.import_module(name)
+    parser = _Parser(prog=f"echo-infinity {' '.join(command)}", description=module.__doc__)
     module.add_arguments(parser)
-    given = parser.parse_args(args.rest)
+    given = parser.parse_args(rest)
     try:
         return int(module.run(given) or 0)
     except (ValueError, OSError) as error:
@@ -85,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands.add_parser("generate", help="stream a prompt into a video"))
     info = commands.add_parser("info", help="say what is installed, built and bundled")
     info.set_defaults(handler=_info)
+    for name, (_, what) in _MODULES.items():
+        commands.add_parser(name, help=what)
     for name, modules in _DELEGATED.items():
         command = commands.add_parser(name, help=_HELP[name])
         command.add_argument("what", choices=list(modules))

@@ -1,103 +1,126 @@
-"""The recall judge on videos whose score is known by hand, and on a model that has learned nothing."""
+"""The recall judge on a model that has learned nothing: every mode, killed and resumed."""
 
 from dataclasses import replace
 
-import av
 import pytest
 import torch
-from echo_infinity.codec import Codec
-from echo_infinity.config import preset
-from echo_infinity.evaluation.recall import RecallTest, object_scores, recall, scene, wilson
-from echo_infinity.evaluation.rollout import contact_sheet, default_prompts, rollout
-from echo_infinity.memory import EvolvingMemory
-from echo_infinity.model import CausalDiT
-from echo_infinity.text import GrammarText
-from echo_infinity.weights import Checkpoint
-from echo_infinity.worlds import COLOUR_NAMES, OBJECT_COLOURS, VOCABULARY, block_start
+from echo_infinity.codec import to_unit
+from echo_infinity.evaluation.journal import Journal
+from echo_infinity.evaluation.recall import MODES, Recall, RecallTest, cells, check_worlds
+from echo_infinity.policies import POLICIES
+from numerics import assert_stream_equal
 
-TEST = RecallTest(scenes=2, batch=2)
+TEST = RecallTest(rollouts=4, absences=(1,), modes=MODES, batch=2)
 
 
-@pytest.fixture(scope="module")
-def untrained():
-    torch.manual_seed(0)
-    tiny = preset("tiny")
-    config = replace(tiny, model=replace(tiny.model, layers=2), sampler=replace(tiny.sampler, steps=(1000, 500)), fps=1)
-    parts = CausalDiT(config.model), EvolvingMemory(config.memory), GrammarText(VOCABULARY, 24, 64)
-    return Checkpoint(config, *(part.eval().requires_grad_(False) for part in parts), Codec().eval(), "untrained")
+def nothing(steps):
+    pass
 
 
-def truth(seed):
-    world = scene(TEST, seed)
-    return world, world.render(block_start(TEST.reopening), 12)
+class Killed(Exception):
+    pass
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_the_true_video_scores_one(seed):
-    world, video = truth(seed)
-    scores = object_scores(world, video, block_start(TEST.reopening))
-    assert len(scores) >= 1
-    assert all(score == (True, 1.0) for score in scores)
+def test_every_mode_counts_every_rollout_and_the_controls_are_what_they_say(untrained, tmp_path):
+    judge, done = Recall(untrained, "evolving", TEST), []
+    journal = Journal(tmp_path / "recall.jsonl", TEST.settings())
+    judge.run(journal, done.append)
+    assert sum(done) == judge.steps() == 7 * 4
+    found = {cell.mode: cell for cell in cells(journal.rows)}
+    assert {*found} >= {"truth", "codec", "chance", "shown", "swapped"}
+    assert all(cell.rollouts == 4 for cell in found.values())
+    assert found["truth"].all.share == 1
+    assert found["shown"].asked == 4
+    assert found["shown"].strict == found["shown"].colour
+    assert found["shown"].absence == 1
+    assert found["shown"].colour.share <= 0.5  # it has learned nothing
 
 
-def test_a_video_without_the_objects_scores_no_more_than_chance():
-    hits = []
-    for seed in range(40):
-        world, video = truth(seed)
-        empty = video.clone()
-        empty[:] = torch.tensor([128, 128, 128], dtype=torch.uint8)[None, :, None, None]
-        hits += [hit for hit, _ in object_scores(world, empty, block_start(TEST.reopening))]
-    assert sum(hits) / len(hits) < 0.3
+def test_killed_anywhere_and_resumed_gives_the_same_cells(untrained, tmp_path):
+    test = replace(TEST, modes=("shown", "staged"))
+    whole = Journal(tmp_path / "whole.jsonl", test.settings())
+    Recall(untrained, "evolving", test).run(whole, nothing)
+    path = tmp_path / "killed.jsonl"
+    for after in (1, 3, 6):
+        judge, calls = Recall(untrained, "evolving", test), []
+
+        def stop(steps, after=after, calls=calls):
+            calls.append(steps)
+            if len(calls) > after:
+                raise Killed
+
+        with pytest.raises(Killed):
+            judge.run(Journal(path, test.settings()), stop)
+        path.write_bytes(path.read_bytes()[:-7])  # the kill came in the middle of a line
+    resumed = Journal(path, test.settings())
+    Recall(untrained, "evolving", test).run(resumed, nothing)
+    keys = ("mode", "absence", "number")
+    assert resumed.latest(*keys) == whole.latest(*keys)
+    assert cells(resumed.latest(*keys)) == cells(whole.rows)
 
 
-def test_objects_painted_in_the_next_colour_score_zero():
-    world, video = truth(3)
-    start = block_start(TEST.reopening)
-    for i in range(len(video)):
-        for spec, mask in zip(world.objects, world.masks(start + i), strict=True):
-            wrong = COLOUR_NAMES[(COLOUR_NAMES.index(spec.colour) + 1) % len(COLOUR_NAMES)]
-            video[i][:, mask] = torch.tensor(OBJECT_COLOURS[wrong], dtype=torch.uint8)[:, None]
-    assert all(score == (False, 0.0) for score in object_scores(world, video, start))
+def test_more_rollouts_keep_those_that_are_there(untrained, tmp_path):
+    test = replace(TEST, modes=("shown",))
+    journal = Journal(tmp_path / "recall.jsonl", test.settings())
+    Recall(untrained, "evolving", test).run(journal, nothing)
+    first = list(journal.rows)
+    Recall(untrained, "evolving", replace(test, rollouts=6)).run(journal, nothing)
+    assert journal.rows[: len(first)] == first
+    assert [cell.rollouts for cell in cells(journal.latest("mode", "absence", "number"))] == [6] * 4
 
 
-def test_scenes_hide_their_objects_longer_than_the_window_and_do_not_name_them():
-    world = scene(TEST, 5)
-    closed = [world.curtain(f) == 1 for f in range(block_start(TEST.reopening))]
-    longest = max(len(run) for run in "".join("x" if c else " " for c in closed).split())
-    assert longest >= 4 * 12  # the window, in pixel frames
-    assert not any(colour in world.prompt for colour in COLOUR_NAMES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_is_judged(untrained, tmp_path, policy):
+    test = RecallTest(rollouts=2, absences=(1,), modes=("shown", "staged"), batch=2)
+    journal = Journal(tmp_path / "recall.jsonl", test.settings())
+    Recall(untrained, policy, test).run(journal, nothing)
+    assert [cell.rollouts for cell in cells(journal.rows)] == [2] * 5
 
 
-def test_wilson_interval_of_half_of_a_hundred():
-    assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+@pytest.mark.parametrize("absence", [1, 2, 5])
+def test_shared_closed_blocks_are_what_each_world_encodes_to(untrained, absence):
+    judge = Recall(untrained, "evolving", TEST)
+    worlds = [judge._scene(i).world(absence) for i in range(3)]
+    whole = torch.stack([world.render(0, 12 * (1 + TEST.sight + absence) - 3) for world in worlds])
+    assert_stream_equal(judge._encode(worlds, absence), untrained.codec.encode(to_unit(whole))[0])
 
 
-@pytest.mark.parametrize("mode", ["on", "off", "swapped", "frozen"])
-def test_every_mode_runs_and_counts_every_object(untrained, mode):
-    score = recall(untrained, TEST, mode)
-    assert score.objects == sum(len(scene(TEST, i).objects) for i in range(2))
-    assert 0 <= score.low <= score.colour <= score.high <= 1
+def test_memories_of_a_policy_without_one_can_not_be_swapped(untrained, tmp_path):
+    test = replace(TEST, modes=("swapped",))
+    with pytest.raises(ValueError, match="this policy has none: leave it out"):
+        Recall(untrained, "sink", test).run(Journal(tmp_path / "recall.jsonl", {}), nothing)
 
 
-def test_short_absence_and_unknown_mode_are_refused(untrained):
-    with pytest.raises(ValueError, match="12 frames is not longer than the window of 12"):
-        recall(untrained, replace(TEST, absence=4))
-    with pytest.raises(ValueError, match="mode must be one of on, off, swapped, frozen"):
-        recall(untrained, TEST, "sideways")
+def test_free_rollouts_are_sorted_by_how_long_objects_were_out_of_sight():
+    def row(number, windows, right, asked=True):
+        answer = dict.fromkeys(("colour", "shape", "place", "all"), right)
+        return {"mode": "free", "absence": None, "number": number, "asked": asked, "windows": windows, **answer}
+
+    rows = [row(0, 0.5, True), row(1, 1.2, True), row(2, 1.9, False), row(3, 4.5, True), row(4, 0, False, asked=False)]
+    found = cells(rows)
+    assert [(c.absence, c.rollouts, c.asked, c.colour.right) for c in found] == [
+        (0, 5, 1, 1),
+        (1, 5, 2, 1),
+        (4, 5, 1, 1),
+    ]
 
 
-def test_rollout_has_a_row_a_minute_and_a_sheet_of_every_stream(untrained, tmp_path):
-    result = rollout(untrained, default_prompts(2), minutes=2, rows=3)
-    assert len(result.distance) == len(result.motion) == 2
-    assert result.real_motion > 0
-    assert result.sheet.shape == (3, 2, 3, 64, 64)
-    contact_sheet(result.sheet, tmp_path / "sheet.png")
-    with av.open(str(tmp_path / "sheet.png")) as container:
-        picture = next(container.decode(video=0)).to_ndarray(format="rgb24")
-    assert picture.shape == (3 * 66, 2 * 66, 3)
-    assert (picture[:64, :64] == result.sheet[0, 0].permute(1, 2, 0).numpy()).all()
+def test_other_tests_and_other_models_are_refused(untrained):
+    with pytest.raises(ValueError, match="recall modes are shown, swapped, staged, free, got sideways"):
+        RecallTest(modes=("sideways",))
+    with pytest.raises(ValueError, match="at least 1, got"):
+        RecallTest(absences=(0.5,))
+    with pytest.raises(ValueError, match="2 rollouts"):
+        RecallTest(rollouts=1)
+    other = untrained._replace(config=replace(untrained.config, latent_rows=16, name="tall"))
+    with pytest.raises(ValueError, match="model tall makes 64 x 128 in blocks of 3: leave recall out"):
+        check_worlds(other, "recall")
 
 
-def test_rollout_of_no_minutes_is_refused(untrained):
-    with pytest.raises(ValueError, match="at least one minute, got 0"):
-        rollout(untrained, default_prompts(1), minutes=0)
+def test_rollouts_that_show_nothing_to_ask_for_count_in_the_strict_share():
+    answer = dict.fromkeys(("colour", "shape", "place", "all"), True)
+    silent = dict.fromkeys(answer, False)
+    some = {"mode": "staged", "absence": 2.0}
+    rows = [{**some, "number": 0, "asked": True, **answer}, {**some, "number": 1, "asked": False, **silent}]
+    (cell,) = cells(rows)
+    assert (cell.rollouts, cell.asked, cell.colour.share, cell.strict.share) == (2, 1, 1.0, 0.5)

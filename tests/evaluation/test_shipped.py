@@ -1,11 +1,13 @@
 """The model that ships with the package: small files, the preset's geometry, and a memory that recalls."""
 
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 from echo_infinity.config import preset
-from echo_infinity.evaluation.recall import RecallTest, recall
+from echo_infinity.evaluation.journal import Journal
+from echo_infinity.evaluation.recall import Recall, RecallTest, cells
 from echo_infinity.weights import load_checkpoint
 
 FOLDER = Path(str(files("echo_infinity"))) / "weights" / "tiny"
@@ -23,8 +25,15 @@ def test_has_the_presets_geometry_and_small_files(tiny):
     assert all(path.stat().st_size <= 10_000_000 for path in FOLDER.iterdir())
 
 
-def test_recalls_colours_after_an_absence_longer_than_the_window(tiny):
-    test = RecallTest(scenes=24, batch=24)
-    on, off, swapped = (recall(tiny, test, mode) for mode in ("on", "off", "swapped"))
-    assert on.colour >= 0.5
-    assert max(off.colour, swapped.colour) <= 0.35
+def test_recalls_colours_after_an_absence_of_the_window(tiny, tmp_path):
+    test = RecallTest(rollouts=24, absences=(1,), modes=("shown", "swapped"), batch=24)
+    shares = {}
+    for policy, modes in (("evolving", test.modes), ("sink", ("shown",))):
+        judge, journal = Recall(tiny, policy, replace(test, modes=modes)), Journal(tmp_path / f"{policy}.jsonl", {})
+        judge.run(journal, lambda steps: None)
+        shares |= {(policy, cell.mode): cell.colour.share for cell in cells(journal.rows)}
+    assert shares["evolving", "shown"] >= 0.5
+    assert max(shares["evolving", "swapped"], shares["sink", "shown"]) <= 0.35
+    assert shares["evolving", "truth"] == 1
+    assert shares["evolving", "codec"] >= 0.9
+    assert shares["evolving", "chance"] <= 0.35

@@ -1,4 +1,4 @@
-"""What a block of video looks like in a few numbers, and how far two sets of blocks are apart."""
+"""What video looks like in a few numbers, and how far two sets of blocks are apart."""
 
 from __future__ import annotations
 
@@ -55,3 +55,51 @@ def motion(frames: Tensor) -> Tensor:
     """
     x = frames.float()
     return (x[:, 1:] - x[:, :-1]).abs().mean(dim=(1, 2, 3, 4))
+
+
+def saturation(frames: Tensor) -> Tensor:
+    """Mean saturation of HSV, ``(max - min) / max`` over a pixel's channels and 0 where it is black, in percent.
+
+    Args:
+        frames: ``(B, N, 3, H, W)`` uint8.
+
+    Returns:
+        ``(B,)`` float32.
+    """
+    high, low = frames.amax(2).float(), frames.amin(2).float()
+    return 100 * ((high - low) / high.clamp(min=1)).mean(dim=(1, 2, 3))
+
+
+def contrast(frames: Tensor) -> Tensor:
+    """Standard deviation of a frame's luma, averaged over frames, in grey levels.
+
+    Args:
+        frames: ``(B, N, 3, H, W)`` uint8.
+
+    Returns:
+        ``(B,)`` float32.
+    """
+    return _luma(frames).flatten(2).std(2, correction=0).mean(1)
+
+
+def sharpness(frames: Tensor) -> Tensor:
+    """Mean absolute Laplacian (four neighbours) of the luma, in grey levels.
+
+    Args:
+        frames: ``(B, N, 3, H, W)`` uint8, ``H, W >= 3``.
+
+    Returns:
+        ``(B,)`` float32.
+    """
+    y = _luma(frames)
+    around = y[..., :-2, 1:-1] + y[..., 2:, 1:-1] + y[..., 1:-1, :-2] + y[..., 1:-1, 2:]
+    return (around - 4 * y[..., 1:-1, 1:-1]).abs().mean(dim=(1, 2, 3))
+
+
+def _luma(frames: Tensor) -> Tensor:
+    """BT.601 luma ``(B, N, H, W)`` in grey levels."""
+    red, green, blue = frames.float().unbind(2)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+LEVELS = {"saturation": saturation, "contrast": contrast, "sharpness": sharpness, "motion": motion}

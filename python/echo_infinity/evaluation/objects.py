@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from echo_infinity.worlds.render import object_coverage
 MIN_PIXELS = 40  # half of the smallest shape
 _COLOUR_DISTANCE = 80.0  # from an object's colour: generated edges are softer than drawn ones
 _RADII = np.arange(5.0, 12.5, 0.5)
+_BLUR = 1.5  # pixels; less than the bundled codec blurs, but more takes small sharp shapes for circles
 
 
 @dataclass(frozen=True)
@@ -75,32 +77,47 @@ def _describe(colour: str, patch: Tensor) -> Found:
 
 
 def best_shape(patch: Tensor) -> tuple[str, float]:
-    """Return the shape that overlaps a patch ``(64, 64)`` bool most, over sizes, and that overlap."""
-    rows, columns = (x.numpy() for x in patch.nonzero(as_tuple=True))
-    own = np.zeros((2 * SIZE, 2 * SIZE), dtype=bool)  # centred on its centre of mass, as the templates are
-    own[rows - _middle(rows) + SIZE, columns - _middle(columns) + SIZE] = True
-    own = own[SIZE // 2 : -SIZE // 2, SIZE // 2 : -SIZE // 2]
-    best = ("", 0.0)
-    for shape, template in _templates():
-        overlap = (own & template).sum() / (own | template).sum()
-        if overlap > best[1]:
-            best = shape, float(overlap)
-    return best
+    """Return the shape that overlaps a patch ``(64, 64)`` bool most, over sizes, and that overlap.
+
+    Shapes are tried as drawn and as a codec rounds them: blurred, and cut at half.
+    """
+    rows, columns = patch.nonzero(as_tuple=True)
+    own = torch.zeros(2 * SIZE, 2 * SIZE)  # centred on its centre of mass, as the templates are
+    own[rows - _middle(rows) + SIZE, columns - _middle(columns) + SIZE] = 1
+    flat = own[SIZE // 2 : -SIZE // 2, SIZE // 2 : -SIZE // 2].flatten()
+    names, masks, areas = _templates()
+    common = masks @ flat
+    overlap = common / (areas + flat.sum() - common)
+    best = int(overlap.argmax())
+    return names[best], overlap[best].item()
 
 
-def _middle(places: np.ndarray) -> int:
-    return int(np.floor(places.mean() + 0.5))  # round() takes halves to the even side, so now up, now down
+def _middle(places: Tensor) -> int:
+    return math.floor(places.float().mean().item() + 0.5)  # round() takes halves to the even side, so now up, now down
 
 
 @functools.cache
-def _templates() -> list[tuple[str, np.ndarray]]:
-    found = []
+def _templates() -> tuple[list[str], Tensor, Tensor]:
+    """Shapes, their masks ``(n, 64 * 64)`` float32 and the masks' areas ``(n,)``."""
+    names, masks = [], []
     for shape in SHAPES:
         for radius in _RADII:
             for offset in (0.0, 0.5):  # of the centre against the pixels
                 spec = ObjectSpec(colour="red", shape=shape, size="", radius=radius, place=(0, 0), velocity=(0, 0))
-                drawn = object_coverage(spec, np.array([[SIZE / 2 + offset, SIZE / 2 + offset]])).dense()[0] > 0.5
-                rows, columns = drawn.nonzero()
-                shift = SIZE // 2 - _middle(rows), SIZE // 2 - _middle(columns)
-                found.append((shape, np.roll(drawn, shift, (0, 1))))
-    return found
+                drawn = object_coverage(spec, np.array([[SIZE / 2 + offset, SIZE / 2 + offset]])).dense()[0]
+                for mask in (torch.from_numpy(drawn) > 0.5, _blur(torch.from_numpy(drawn)) > 0.5):
+                    if not mask.any():
+                        continue  # blurred away: a small cross
+                    shift = [SIZE // 2 - _middle(places) for places in mask.nonzero(as_tuple=True)]
+                    names.append(shape)
+                    masks.append(mask.roll(shift, (0, 1)).float().flatten())
+    stacked = torch.stack(masks)
+    return names, stacked, stacked.sum(1)
+
+
+def _blur(picture: Tensor) -> Tensor:
+    """Gauss of ``_BLUR`` pixels over ``(H, W)``."""
+    x = torch.arange(-6, 7, dtype=torch.float32)
+    kernel = torch.exp(-x.square() / (2 * _BLUR**2))
+    kernel /= kernel.sum()
+    return nnf.conv2d(picture[None, None], torch.outer(kernel, kernel)[None, None], padding=6)[0, 0]

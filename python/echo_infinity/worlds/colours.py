@@ -79,4 +79,5 @@ def _distances(pixels: torch.Tensor) -> torch.Tensor:
     if pixels.shape[-1] != 3:
         raise ValueError(f"pixels must end in 3 channels, got shape {tuple(pixels.shape)}; permute channels last")
     palette = torch.tensor(list(OBJECT_COLOURS.values()), dtype=torch.float32, device=pixels.device)
-    return (pixels.float().unsqueeze(-2) - palette).norm(dim=-1)
+    apart = pixels.float().unsqueeze(-2) - palette
+    return apart.square().sum(-1).sqrt()  # norm() takes ten times as long over three numbers
