@@ -17,7 +17,8 @@ import torch
 
 from echo_infinity.codec import Codec
 from echo_infinity.config import EchoConfig, preset
-from echo_infinity.evaluation.recall import RecallTest, recall
+from echo_infinity.evaluation.journal import Journal
+from echo_infinity.evaluation.recall import Recall, RecallTest, cells
 from echo_infinity.training.align import attend_by_place, copy_by_place
 from echo_infinity.training.clips import Clips, join_clips, load_clips
 from echo_infinity.training.flow import FlowTrainer, FlowTraining
@@ -162,15 +163,21 @@ class Runner:
                 found.setdefault(name, []).append(value)
         result = {name: sum(values) / len(values) for name, values in found.items()}
         if self.settings.scenes:
-            checkpoint, test = load_checkpoint(model), RecallTest(scenes=self.settings.scenes)
-            for mode in ("on", "swapped"):
-                result[f"recall_{mode}"] = recall(checkpoint, test, mode).colour
+            result |= self._recall(model)
         return result
+
+    def _recall(self, model: str) -> dict[str, float]:
+        """The judge's share of right colours after an absence of twice the window, and with another scene's memory."""
+        test = RecallTest(self.settings.scenes, (2,), ("shown", "swapped"), batch=min(32, self.settings.scenes))
+        journal = Journal(Path(model).parent / "recall.jsonl", test.settings())
+        Recall(load_checkpoint(model), "evolving", test).run(journal, lambda _: None)
+        shares = {cell.mode: cell.colour.share for cell in cells(journal.rows)}
+        return {f"recall_{mode}": shares[mode] for mode in test.modes}
 
 
 def write_table(results: Sequence[Mapping[str, Any]], out: Path) -> str:
     """Write ``table.md`` and ``table.json``: means over seeds, a row a set of factors; return the table."""
-    columns = ("recall_on", "recall_swapped", "reappear", "first_open", "sighted")
+    columns = ("recall_shown", "recall_swapped", "reappear", "first_open", "sighted")
     shown = [name for name in columns if any(name in r for r in results)]
     lines = ["| run | " + " | ".join(shown) + " | seeds |", "|---" * (len(shown) + 2) + "|"]
     for row in dict.fromkeys(r["row"] for r in results):
