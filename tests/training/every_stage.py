@@ -17,8 +17,9 @@ from echo_infinity.training.trajectories import Trajectories
 from echo_infinity.weights import load_checkpoint
 
 STAGES = ("flow", "teacher", "init", "distill", "long")
-COMMON = {"steps": 2, "batch": 2, "bf16": False, "rate": 1e-4, "checkpointing": True}
-MATCHING = {**COMMON, "ratio": 1, "fake_rate": 1e-4}
+# Adam's first step is the rate with the gradient's sign, also where that is rounding: a small rate keeps it small.
+COMMON = {"steps": 2, "batch": 2, "bf16": False, "rate": 1e-5, "checkpointing": True}
+MATCHING = {**COMMON, "ratio": 1, "fake_rate": 1e-5}
 PROMPTS = ["a red circle drifts over a dark field", "a blue square drifts over a dark field"]
 
 
@@ -31,7 +32,7 @@ def run_stages(models: Path, out: Path, ranks: Ranks) -> None:
     clips = Clips(latents, *marks, prompts=[PROMPTS[i % 2] for i in range(6)], clips=[{}] * 6)
     paths = Trajectories(torch.randn(6, 5, 21, 4, 4, 4, generator=generator).half(), clips.prompts)
     flow = FlowTraining(**COMMON, warmup=1, blocks=7, graded=4, own_context=0.5, text_dropout=0.3)
-    init = Initialisation(**COMMON, accumulate=2, warmup=1, context_noise=0.1)
+    init = Initialisation(**COMMON, warmup=1, context_noise=0.1)
     stage2 = LongTuning(**MATCHING, accumulate=2, frames=60, rank=2, alpha=2.0, switch_share=1.0)
     parts = student, teacher, teacher, PROMPTS
     makers = {

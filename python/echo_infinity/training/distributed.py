@@ -89,6 +89,14 @@ class Ranks:
         numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         return dict(zip(values, (self.total(numbers) / self.world).tolist(), strict=True))
 
+    def share(self, values: dict[str, float]) -> dict[str, float]:
+        """Return what the first process has."""
+        if self.mesh is None:
+            return values
+        box: list[Any] = [values]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average the gradients of parameters that are kept whole, in one message; FSDP has averaged the others."""
         if self.mesh is None:

@@ -20,10 +20,11 @@ from echo_infinity.training.clips import FRAMES_PER_BLOCK, Clips, join_clips, lo
 from echo_infinity.training.denoiser import clip_flow, whole_clip
 from echo_infinity.training.distributed import Ranks, clip_gradients, join_ranks, leave_ranks
 from echo_infinity.training.generator import GeneratorTrainer
-from echo_infinity.training.losses import add_noise, flow_loss, per_sample, shift_level, to_x0
+from echo_infinity.training.losses import add_noise, flow_loss, object_share, per_sample, shift_level, to_x0
 from echo_infinity.training.options import add_settings, read_settings
 
 GROUPS = ("reappear", "first_open", "sighted", "closed")
+_GATES_EVERY = 10  # steps: to look at gates costs each write a second time
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,7 @@ class FlowTrainer(GeneratorTrainer):
         marks = {name: getattr(self.clips, name)[index] for name in GROUPS}
         batch = len(index)
         stream = self.streams(self._encode_text(index, generator), len(latents))
+        gates = self.watch_gates(stream, self.step % _GATES_EVERY == 0)
         clean = self.model.condition(torch.zeros(1, 1, device=self.ranks.device))
         losses, weights = [], []
         graded = range(s.blocks) if graded is None else graded
@@ -249,14 +251,17 @@ class FlowTrainer(GeneratorTrainer):
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not own):
                     flow = stream.flow(x_t, self.model.condition(1000 * sigma.view(-1, 1)))
                 if not own:
-                    object_weight = s.object_weight * (1 - self.step / s.steps)
-                    losses.append(flow_loss(flow, x0, noise, object_weight))
+                    share = None
+                    if s.object_weight:
+                        share = 1 + s.object_weight * (1 - self.step / s.steps) * object_share(x0)
+                    losses.append(flow_loss(flow, x0, noise, share))
                     weights.append(torch.where(again, s.reappear_weight, 1.0))
                 predicted = to_x0(x_t, flow.detach(), sigma)
             if block < max(graded):
                 stream.show(self._context(batch, x0, predicted, sigma, 1.0 if own else s.own_context, generator), clean)
         groups = {name: mark[:, list(graded)] for name, mark in marks.items()}
-        return self._graded(torch.stack(losses, 1), torch.stack(weights, 1), groups)
+        loss, parts = self._graded(torch.stack(losses, 1), torch.stack(weights, 1), groups)
+        return loss, parts | self.gate_statistics(gates)
 
     def clip_loss(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Flow-matching loss of the clips ``index`` ``(B,)`` as wholes: one noise level a clip, no window.
@@ -270,7 +275,7 @@ class FlowTrainer(GeneratorTrainer):
         first = torch.where(cut, torch.randint(room + 1, (len(index),), generator=generator), 0)
         places = [slice(int(b), int(b) + s.blocks) for b in first]
         starts = [(int(i), int(b) * FRAMES_PER_BLOCK) for i, b in zip(index, first, strict=True)][rows]
-        x0 = torch.stack([self.clips.latents[i, b : b + frames] for i, b in starts]).float().to(self.ranks.device)
+        x0 = torch.stack([self.clips.latents[i, b : b + frames].float() for i, b in starts]).to(self.ranks.device)
         text = self._encode_text(index, generator)
         sigma = shift_level(torch.rand(len(index), generator=generator), s.shift)[rows].to(x0.device)
         noise = self.draw_noise(generator, frames, len(index))

@@ -28,18 +28,20 @@ def to_x0(x_t: Tensor, flow: Tensor, sigma: Tensor) -> Tensor:
     return x_t - per_sample(sigma) * flow
 
 
-def flow_loss(flow: Tensor, x0: Tensor, noise: Tensor, object_weight: float = 0.0) -> Tensor:
+def flow_loss(flow: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean square error of a predicted flow, ``(B,)``; the target is ``noise - x0``.
 
-    ``object_weight`` is the extra weight of latents that :func:`object_share` says objects cover; the weights of a
-    sample have a mean of 1.
+    Args:
+        flow: ``(B, F, C, h, w)``.
+        x0: clean latents, likewise.
+        noise: likewise.
+        weight: of each latent, broadcast to them; relative to its mean over a sample.
 
-    Source: docs/method.md section 5; the weight is our own.
+    Source: docs/method.md section 5.
     """
     square = (flow - (noise - x0)).square()
-    if object_weight:
-        share = 1 + object_weight * object_share(x0)
-        square = square * (share / share.mean(dim=(1, 2, 3, 4), keepdim=True))
+    if weight is not None:
+        square = square * (weight / weight.mean(dim=(1, 2, 3, 4), keepdim=True))
     return square.mean(dim=(1, 2, 3, 4))
 
 

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from echo_infinity.recall import StreamMemory
 from echo_infinity.training.denoiser import Denoiser, Prompts
 from echo_infinity.training.distributed import Ranks, clip_gradients, spread
 from echo_infinity.training.drift import DriftProbe, Measure, should_stop
 from echo_infinity.training.generator import GeneratorTrainer
-from echo_infinity.training.losses import add_noise, dmd_gradient, flow_loss, score_level, surrogate_loss
-from echo_infinity.training.passes import StreamPasses
+from echo_infinity.training.losses import add_noise, dmd_gradient, flow_loss, score_level, surrogate_loss, to_x0
 from echo_infinity.training.rollout import Levels, few_steps
 from echo_infinity.weights import Checkpoint, load_checkpoint
 
@@ -49,7 +47,7 @@ class Matching:
         probe_blocks: length of a measured rollout.
         probe_streams: rollouts a measure.
         patience: probes worse than the best before them that end the run; 0 never ends it.
-        margin: by which share they must be worse.
+        margin: by how much they must be worse, as a share of the level a minute.
         seed: of everything that is drawn.
     """
 
@@ -69,10 +67,10 @@ class Matching:
     checkpointing: bool = False
     bf16: bool = True
     probe_every: int = 0
-    probe_blocks: int = 40
-    probe_streams: int = 4
+    probe_blocks: int = 160
+    probe_streams: int = 8
     patience: int = 3
-    margin: float = 0.25
+    margin: float = 0.02
     seed: int = 0
 
 
@@ -95,7 +93,7 @@ class MatchingTrainer(GeneratorTrainer):
 
     betas = (0.0, 0.999)
     curves, extendable = ("dmd", "fake"), True
-    panels = {"gates.png": ("gate_mean", "gate_std"), "drift.png": ("drift",)}  # noqa: RUF012  never changed
+    panels = GeneratorTrainer.panels | {"drift.png": ("drift", "motion")}
 
     def __init__(
         self,
@@ -164,7 +162,7 @@ class MatchingTrainer(GeneratorTrainer):
         with torch.no_grad():
             x_t = add_noise(clip.detach(), noise, sigma)
             flow = self.teacher.guided_flow(x_t, sigma, prompts, self.settings.guidance)
-            real = x_t - sigma.view(-1, 1, 1, 1, 1) * flow
+            real = to_x0(x_t, flow, sigma)
             fake = self.fake.x0(x_t, sigma, self.fake.encode(prompts))
         counted = slice(clip.shape[1] - new, None)
         gradient = dmd_gradient(clip[:, counted], real[:, counted], fake[:, counted])
@@ -201,20 +199,6 @@ class MatchingTrainer(GeneratorTrainer):
         self.optimisers["fake_adam"].zero_grad(set_to_none=True)
         return {"fake_grad_norm": norm}
 
-    def watch_gates(self, stream: StreamPasses, wanted: bool) -> list[Tensor]:
-        """Return a list that the gates of the stream's coming writes are put into, if they are wanted."""
-        gates: list[Tensor] = []
-        if isinstance(stream.recall, StreamMemory):
-            stream.recall.gates = gates if wanted else None
-        return gates
-
-    def gate_statistics(self, gates: Sequence[Tensor]) -> dict[str, float]:
-        """Return mean and standard deviation of gates, for the log."""
-        if not gates:
-            return {}
-        every = torch.stack([gate.float() for gate in gates])
-        return {"gate_mean": every.mean().item(), "gate_std": every.std().item()}
-
     def probe(self) -> dict[str, float]:
         """Measure drift where it is due; end the run, or keep the best model so far, as the measures say."""
         s = self.settings
@@ -222,21 +206,23 @@ class MatchingTrainer(GeneratorTrainer):
             return {}
         device = self.ranks.device
         parts: dict[str, Any] = self.averaged_parts()
-        drift = torch.zeros((), dtype=torch.float64, device=device)
+        found = {}
         if self.ranks.rank == 0:
             parts = {name: part.to(device) for name, part in parts.items()}
             codec = self.codec.to(device)
-            found = Checkpoint(self.config, parts["model"], parts.get("memory"), parts["text"], codec, "")
-            drift += self.measure(found)
-        value = self.ranks.total(drift).item()
+            model = Checkpoint(self.config, parts["model"], parts.get("memory"), parts["text"], codec, "")
+            found = dict(self.measure(model))
+        found = self.ranks.share(found)
+        value = found["drift"]
         history = [row["drift"] for row in self.log if "drift" in row] + [value]
         if value == min(history):
             self.export(self.codec, self.out / "best")
         if should_stop(history, s.patience, s.margin):
             self.why_ended = (
-                f"drift {value:.4f} a minute, best {min(history):.4f}; the model with the least is {self.out / 'best'}"
+                f"drift is {value:.4f} of the level a minute, was {min(history):.4f} at best; the model of then is "
+                f"{self.out / 'best'}"
             )
-        return {"drift": value}
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights of generator and fake score, and averages."""
