@@ -22,6 +22,7 @@ _DELEGATED = {
         "init": "echo_infinity.training.init",
         "distill": "echo_infinity.training.distill",
         "long": "echo_infinity.training.long",
+        "ablate": "echo_infinity.training.ablate",
     },
 }
 _MODULES = {

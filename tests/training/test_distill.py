@@ -136,10 +136,11 @@ def test_a_checkpoint_of_another_teacher_is_refused(make, teacher):
 
 def test_drift_ends_the_run_and_the_best_model_is_kept(make):
     drifts = iter([0.5, 0.2, 0.3, 0.3])
-    trainer = make(replace(SETTINGS, steps=9, probe_every=1, patience=2), measure=lambda checkpoint: next(drifts))
+    measure = lambda checkpoint: {"drift": next(drifts), "motion": 1.0}  # noqa: E731  two lines for a def
+    trainer = make(replace(SETTINGS, steps=9, probe_every=1, patience=2), measure=measure)
     assert trainer.train()
     assert trainer.step == 4
-    assert "drift 0.3000 a minute, best 0.2000" in trainer.why_ended
+    assert "drift is 0.3000 of the level a minute, was 0.2000 at best" in trainer.why_ended
     assert [row["drift"] for row in trainer.log] == [0.5, 0.2, 0.3, 0.3]
     best = load_checkpoint(trainer.out / "best")
     assert best.config.sampler.solver == "renoise"
@@ -147,7 +148,7 @@ def test_drift_ends_the_run_and_the_best_model_is_kept(make):
 
 def test_curves_are_drawn(make, monkeypatch):
     monkeypatch.setattr("echo_infinity.training.loop.plot_lines", plot_lines)
-    trainer = make(replace(SETTINGS, steps=1, probe_every=1), measure=lambda checkpoint: 0.1)
+    trainer = make(replace(SETTINGS, steps=1, probe_every=1), measure=lambda checkpoint: {"drift": 0.1})
     trainer.train()
     for name in ("log.csv", "loss.png", "gates.png", "drift.png"):
         assert (trainer.out / name).stat().st_size > 0

@@ -10,7 +10,7 @@ from echo_infinity.config import preset
 from echo_infinity.training.clips import Clips, join_clips
 from echo_infinity.training.denoiser import Denoiser, clip_flow
 from echo_infinity.training.distributed import Ranks
-from echo_infinity.training.flow import FlowTrainer, FlowTraining, configure
+from echo_infinity.training.flow import FlowTrainer, FlowTraining, configure, object_share
 from echo_infinity.weights import load_checkpoint, read_tensors, text_metadata, write_tensors
 from numerics import assert_same_bits
 
@@ -95,6 +95,29 @@ def test_joined_clips_are_cut_to_the_blocks_asked_for(clips):
         join_clips([clips, short], blocks=6)
 
 
+def test_what_stands_out_of_its_row_is_an_object():
+    latents = torch.randn(2, 3, 8, 8, 1).expand(2, 3, 8, 8, 8).clone()  # a scene: the same all along each row
+    assert object_share(latents).abs().max() == 0
+    latents[:, :, :, 2, 5] += 3.0
+    share = object_share(latents)
+    assert share.shape == (2, 3, 1, 8, 8)
+    assert (share[..., 2, 5] == 1).all()
+    assert share.sum() == 6
+
+
+def test_batches_of_entries_share_the_block_of_a_first_sight(clips, config, tmp_path):
+    marks = torch.zeros(4, 6, dtype=torch.bool)
+    marks[1, 2] = marks[3, 2] = True
+    entering = replace(clips, first_open=marks)
+    settings = replace(SETTINGS, graded=2, reappear_share=0.0, entry_share=1.0)
+    trainer = FlowTrainer(settings, config, entering, tmp_path)
+    for seed in range(8):
+        index, graded = trainer._draw(torch.Generator().manual_seed(seed))
+        assert set(index.tolist()) <= {1, 3}
+        assert 2 in graded
+        assert len(graded) == 2
+
+
 @pytest.mark.parametrize("policy", ["window", "ema", "pooled", "rolling", "frozen", "full"])
 def test_every_policy_is_trained_by_the_same_command(clips, config, tmp_path, policy):
     settings = replace(SETTINGS, policy=policy)
@@ -125,9 +148,10 @@ def test_in_a_teacher_every_frame_attends_to_every_frame(teaching):
         assert all(gradient[:, other].abs().sum() > 0 for other in range(12))
 
 
-def test_a_teacher_trains_exports_and_teaches(teaching):
-    row = teaching.take_step()
-    assert {"loss", "reappear"} <= set(row) or teaching.config.memory is None
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_teacher_trains_exports_and_teaches(teaching, bf16):
+    teaching.settings = replace(teaching.settings, bf16=bf16)
+    assert {"loss", "grad_norm"} <= set(teaching.take_step())
     assert all(x.grad is not None for _, x in teaching.trained())
     assert teaching.memory is None
     folder = teaching.export(Codec(CodecConfig(8, 4, 4, 4, 4, 4)))

@@ -88,7 +88,7 @@ def test_resume_equals_an_unbroken_run(config, data, student, tmp_path, states):
 def test_a_student_learns_one_path_by_heart(config, data, student, tmp_path):
     smooth = torch.randn(1, 1, 1, 4, 1, 1).expand(4, 5, 21, 4, 4, 4).clone()
     smooth[:, 0] = torch.randn(4, 21, 4, 4, 4)
-    settings = replace(SETTINGS, steps=40, rate=1e-2, context_noise=0.0)
+    settings = replace(SETTINGS, steps=25, rate=1e-2, context_noise=0.0)
     trainer = InitTrainer(settings, config, replace(data, states=smooth), tmp_path)
     trainer.train()
     losses = [row["loss"] for row in trainer.log]

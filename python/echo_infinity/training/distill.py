@@ -62,7 +62,7 @@ class DistillTrainer(MatchingTrainer):
         if turn:
             loss, size = self.match(clip, s.chunk, prompts, generator)
             (loss / s.accumulate).backward()
-            row |= self.ranks.mean({"dmd": loss.item(), "dmd_size": size, **self.gate_statistics(gates)})
+            row |= self.ranks.mean({"dmd": loss.item(), "dmd_size": size}) | self.gate_statistics(gates)
         loss = self.fake_loss(clip, s.chunk, prompts, generator)
         (loss / s.accumulate).backward()
         return row | self.ranks.mean({"fake": loss.item()})

@@ -89,6 +89,14 @@ class Ranks:
         numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         return dict(zip(values, (self.total(numbers) / self.world).tolist(), strict=True))
 
+    def share(self, values: dict[str, float]) -> dict[str, float]:
+        """Return what the first process has."""
+        if self.mesh is None:
+            return values
+        box: list[Any] = [values]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average the gradients of parameters that are kept whole, in one message; FSDP has averaged the others."""
         if self.mesh is None:
@@ -96,11 +104,13 @@ class Ranks:
         whole = [x for x in parameters if x.requires_grad and not isinstance(x, DTensor)]
         if not whole:
             return
-        for x in whole:
-            if x.grad is None:  # no row of this process reached it; another process's may have
-                x.grad = torch.zeros_like(x)
-        flat = torch.cat([x.grad.flatten() for x in whole if x.grad is not None])
-        flat = self.total(flat) / self.world
+        # What no process reached keeps no gradient, as alone: an optimiser leaves it as it is.
+        reached = self.total(torch.tensor([float(x.grad is not None) for x in whole], device=self.device)).tolist()
+        whole = [x for x, count in zip(whole, reached, strict=True) if count]
+        grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in whole]
+        if not grads:
+            return
+        flat = self.total(torch.cat([grad.flatten() for grad in grads])) / self.world
         for x, mean in zip(whole, flat.split([x.numel() for x in whole]), strict=True):
             x.grad = mean.view_as(x)
 

@@ -1,63 +1,67 @@
-"""Early stop: more training is known to make long rollouts drift more, so short ones are measured on the way."""
+"""Early stop: more training is known to make long rollouts drift more, so the judge measures short ones on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from echo_infinity.codec import to_uint8
-from echo_infinity.noise import counter_noise
-from echo_infinity.policies import make_sampler
+from echo_infinity.evaluation.features import LEVELS
+from echo_infinity.evaluation.sampling import Rollout
+from echo_infinity.evaluation.stats import Slope, drift_slope
 from echo_infinity.weights import Checkpoint
 
-Measure = Callable[[Checkpoint], float]
-"""Returns how fast rollouts of a model drift; 0 is not at all."""
+Measure = Callable[[Checkpoint], Mapping[str, float]]
+"""Returns ``drift``, how fast rollouts of a model drift, 0 where they don't, and what else the log should keep."""
 
 
 @dataclass(frozen=True)
 class DriftProbe:
-    """Measures how saturation and contrast of short rollouts run away; a :data:`Measure`.
+    """Lets the judge measure short rollouts; a :data:`Measure`.
 
     Args:
         prompts: one a stream.
-        blocks: length of each.
-        seed: of the noise.
+        blocks: length of each, from where the window is full.
+        seed: of the first stream's noise.
     """
 
     prompts: tuple[str, ...]
-    blocks: int = 40
+    blocks: int = 160
     seed: int = 0
 
-    @torch.inference_mode()
-    def __call__(self, checkpoint: Checkpoint) -> float:
-        """Return the larger relative slope of the two, a minute, its sign left out.
+    def __call__(self, checkpoint: Checkpoint) -> dict[str, float]:
+        """Measure a model.
 
-        Saturation is the mean over pixels of max - min over RGB, contrast the standard deviation of grey levels;
-        slopes after Theil and Sen, over the blocks' means over all streams, as a share of the median.
+        Returns:
+            ``drift``: of the judge's slopes of saturation, contrast and sharpness the largest, a minute and as a share
+            of the level; of an interval of slopes the end nearer to 0, and 0 if it holds 0, so that chance alone ends
+            no run. And ``motion``, the mean level: a video that stands still drifts least.
         """
-        text = checkpoint.model.encode_text(checkpoint.text.encode(list(self.prompts)))
-        sampler = make_sampler(checkpoint, None, text, counter_noise(self.seed), len(self.prompts))
-        state, rows = None, []
+        config = checkpoint.config
+        policy = "sink" if (config.policy, checkpoint.memory) == ("evolving", None) else config.policy
+        rollout = Rollout(checkpoint, policy, self.prompts, range(self.seed, self.seed + len(self.prompts)))
+        for _ in range(-(-config.window.window_frames // config.window.frames_per_block)):
+            rollout.next_block()
+        series: dict[str, list[torch.Tensor]] = {name: [] for name in LEVELS}
         for _ in range(self.blocks):
-            pixels, state = checkpoint.codec.decode(sampler.next_block(), state)
-            frames = to_uint8(pixels).float()  # (B, N, 3, H, W)
-            saturation = (frames.amax(2) - frames.amin(2)).mean()
-            contrast = frames.mean(2).std(dim=(2, 3)).mean()
-            rows.append(torch.stack([saturation, contrast]))
-        minutes = 4 * checkpoint.config.window.frames_per_block / checkpoint.config.fps / 60
-        series = torch.stack(rows).double()  # (blocks, 2)
-        slopes = [theil_sen(column) / column.median().clamp_min(1e-9) / minutes for column in series.T]
-        return max(abs(slope.item()) for slope in slopes)
+            _, frames = rollout.next_block()
+            for name, level in LEVELS.items():
+                series[name].append(level(frames).cpu())
+        minutes = np.arange(self.blocks) * 4 * config.window.frames_per_block / config.fps / 60
+        levels = {name: torch.stack(values, 1).double().numpy() for name, values in series.items()}
+        slopes = [
+            surely(drift_slope(minutes, x)) / max(float(np.median(x)), 1e-9)
+            for name, x in levels.items()
+            if name != "motion"
+        ]
+        return {"drift": max(slopes), "motion": float(levels["motion"].mean())}
 
 
-def theil_sen(values: Tensor) -> Tensor:
-    """Return the median slope between all pairs of equally spaced values, a step."""
-    n = len(values)
-    i, j = torch.triu_indices(n, n, offset=1)
-    return ((values[j] - values[i]) / (j - i)).median()
+def surely(slope: Slope) -> float:
+    """Return how steep a slope is at least: the end of its interval nearer to 0, without sign; 0 if it holds 0."""
+    return 0.0 if slope.flat else min(abs(slope.low), abs(slope.high))
 
 
 def should_stop(history: Sequence[float], patience: int, margin: float) -> bool:
@@ -66,9 +70,9 @@ def should_stop(history: Sequence[float], patience: int, margin: float) -> bool:
     Args:
         history: drift at each probe, oldest first.
         patience: probes; 0 never stops.
-        margin: as a share of the best.
+        margin: in the drift's own unit.
     """
     if not patience or len(history) <= patience:
         return False
     best = min(history[:-patience])
-    return all(value > best * (1 + margin) for value in history[-patience:])
+    return all(value > best + margin for value in history[-patience:])

@@ -20,7 +20,7 @@ from echo_infinity.training.clips import FRAMES_PER_BLOCK, Clips, join_clips, lo
 from echo_infinity.training.denoiser import clip_flow, whole_clip
 from echo_infinity.training.distributed import Ranks, clip_gradients, join_ranks, leave_ranks
 from echo_infinity.training.generator import GeneratorTrainer
-from echo_infinity.training.losses import add_noise, flow_loss, per_sample, shift_level, to_x0
+from echo_infinity.training.losses import add_noise, flow_loss, object_share, per_sample, shift_level, to_x0
 from echo_infinity.training.options import add_settings, read_settings
 
 GROUPS = ("reappear", "first_open", "sighted", "closed")
@@ -40,7 +40,10 @@ class FlowTraining:
         graded: blocks of a clip that are denoised and graded: one in which objects come back, where the clip has one,
             and others at random; the rest are only shown (context pass). 0 grades all blocks.
         reappear_share: share of batches of clips with a reappearance, where not all blocks are graded.
+        entry_share: share of the other batches that are of clips with a first sight in the same, graded, block.
         reappear_weight: weight of blocks in which objects come back; only memory can lower their loss.
+        object_weight: extra weight of the latents that objects cover, a few in a hundred; where it is uncertain
+            whether one shows, it makes the model believe in it sooner. Falls to nothing over the run.
         reappear_noise: least ``u`` (noise level before the shift) in those blocks, and in half of first sights.
         shift: of the training noise levels.
         context_noise: largest standard deviation of noise on the clean latents that a context pass caches.
@@ -66,7 +69,9 @@ class FlowTraining:
     warmup: int = 50
     graded: int = 0
     reappear_share: float = 0.8
+    entry_share: float = 0.0
     reappear_weight: float = 5.0
+    object_weight: float = 0.0
     reappear_noise: float = 0.6
     shift: float = 3.0
     context_noise: float = 0.1
@@ -190,13 +195,15 @@ class FlowTrainer(GeneratorTrainer):
         s = self.settings
         if not s.graded or s.bidirectional:
             return torch.randint(len(self.clips), (s.batch,), generator=generator), list(range(s.blocks))
-        again = self.clips.reappear[:, : s.blocks]
-        chosen, pool = [], torch.arange(len(self.clips))
-        if again.any() and torch.rand((), generator=generator) < s.reappear_share:
-            rows, blocks = again.nonzero(as_tuple=True)
-            block = blocks[torch.randint(len(blocks), (), generator=generator)]
-            chosen, pool = [int(block)], rows[blocks == block]
-        others = torch.randperm(s.blocks, generator=generator).tolist()
+        chosen, pool, end = [], torch.arange(len(self.clips)), s.blocks
+        for share, marks in ((s.reappear_share, self.clips.reappear), (s.entry_share, self.clips.first_open)):
+            if torch.rand((), generator=generator) < share and (marks := marks[:, : s.blocks]).any():
+                rows, blocks = marks.nonzero(as_tuple=True)
+                block = blocks[torch.randint(len(blocks), (), generator=generator)]
+                chosen, pool = [int(block)], rows[blocks == block]
+                end = min(s.blocks, int(block) + 3)  # a step costs what the blocks up to its last graded one cost
+                break
+        others = torch.randperm(end, generator=generator).tolist()
         chosen += [block for block in others if block not in chosen][: s.graded - len(chosen)]
         return pool[torch.randint(len(pool), (s.batch,), generator=generator)], sorted(chosen)
 
@@ -242,7 +249,10 @@ class FlowTrainer(GeneratorTrainer):
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not own):
                     flow = stream.flow(x_t, self.model.condition(1000 * sigma.view(-1, 1)))
                 if not own:
-                    losses.append(flow_loss(flow, x0, noise))
+                    share = None
+                    if s.object_weight:
+                        share = 1 + s.object_weight * (1 - self.step / s.steps) * object_share(x0)
+                    losses.append(flow_loss(flow, x0, noise, share))
                     weights.append(torch.where(again, s.reappear_weight, 1.0))
                 predicted = to_x0(x_t, flow.detach(), sigma)
             if block < max(graded):
@@ -262,7 +272,7 @@ class FlowTrainer(GeneratorTrainer):
         first = torch.where(cut, torch.randint(room + 1, (len(index),), generator=generator), 0)
         places = [slice(int(b), int(b) + s.blocks) for b in first]
         starts = [(int(i), int(b) * FRAMES_PER_BLOCK) for i, b in zip(index, first, strict=True)][rows]
-        x0 = torch.stack([self.clips.latents[i, b : b + frames] for i, b in starts]).float().to(self.ranks.device)
+        x0 = torch.stack([self.clips.latents[i, b : b + frames].float() for i, b in starts]).to(self.ranks.device)
         text = self._encode_text(index, generator)
         sigma = shift_level(torch.rand(len(index), generator=generator), s.shift)[rows].to(x0.device)
         noise = self.draw_noise(generator, frames, len(index))

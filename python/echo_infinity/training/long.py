@@ -118,7 +118,7 @@ class LongTrainer(MatchingTrainer):
         if turn:
             loss, size = self.match(clip, count, prompts, generator)
             (loss / s.accumulate).backward()
-            row |= self.ranks.mean({"dmd": loss.item(), "dmd_size": size, **self.gate_statistics(gates)})
+            row |= self.ranks.mean({"dmd": loss.item(), "dmd_size": size}) | self.gate_statistics(gates)
         loss = self.fake_loss(clip, count, prompts, generator)
         (loss / s.accumulate).backward()
         stream.detach()

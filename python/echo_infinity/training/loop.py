@@ -87,7 +87,7 @@ class Trainer(ABC):
                 self.step += 1
                 self.log.append({"step": self.step, **row, "seconds": time.perf_counter() - began})
                 bar.update()
-                shown |= {k: f"{row[k]:.3f}" for k in self.curves if k in row}
+                shown |= {k: f"{row[k]:.3g}" for k in self.curves if k in row}
                 bar.set_postfix(shown, refresh=False)
                 if self.step % save_every == 0:
                     self.save()
@@ -121,14 +121,14 @@ class Trainer(ABC):
             for i, entry in optimiser.state_dict()["state"].items():
                 tensors |= {f"{kind}.{i}.{name}": x for name, x in entry.items()}
         complete = {name: whole(x).contiguous() for name, x in tensors.items()}
-        if self.ranks.rank > 0:
-            return
-        self.out.mkdir(parents=True, exist_ok=True)
-        metadata = {"settings": json.dumps(asdict(self.settings)), "config": self._config}
-        metadata |= {"step": str(self.step), "log": json.dumps(self.log)}
-        write_tensors(self.checkpoint, complete, metadata)
-        if self.log:
-            self._write_log()
+        if self.ranks.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            metadata = {"settings": json.dumps(asdict(self.settings)), "config": self._config}
+            metadata |= {"step": str(self.step), "log": json.dumps(self.log)}
+            write_tensors(self.checkpoint, complete, metadata)
+            if self.log:
+                self._write_log()
+        self.ranks.wait()  # so that every process finds the file when it looks for it
 
     def _write_log(self) -> None:
         columns = list(dict.fromkeys(name for row in self.log for name in row))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_STANDS_OUT = 2.0  # mean square over channels, of latents with unit variance
+
 
 def per_sample(sigma: Tensor) -> Tensor:
     """``(B,)`` noise levels as ``(B, 1, 1, 1, 1)``."""
@@ -26,12 +28,34 @@ def to_x0(x_t: Tensor, flow: Tensor, sigma: Tensor) -> Tensor:
     return x_t - per_sample(sigma) * flow
 
 
-def flow_loss(flow: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+def flow_loss(flow: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean square error of a predicted flow, ``(B,)``; the target is ``noise - x0``.
+
+    Args:
+        flow: ``(B, F, C, h, w)``.
+        x0: clean latents, likewise.
+        noise: likewise.
+        weight: of each latent, broadcast to them; relative to its mean over a sample.
 
     Source: docs/method.md section 5.
     """
-    return (flow - (noise - x0)).square().mean(dim=(1, 2, 3, 4))
+    square = (flow - (noise - x0)).square()
+    if weight is not None:
+        square = square * (weight / weight.mean(dim=(1, 2, 3, 4), keepdim=True))
+    return square.mean(dim=(1, 2, 3, 4))
+
+
+def object_share(latents: Tensor) -> Tensor:
+    """How much each latent stands out from its row, 0 .. 1: scenes are the same all along a row, objects are not.
+
+    Args:
+        latents: ``(B, F, C, h, w)``, normalised.
+
+    Returns:
+        ``(B, F, 1, h, w)``.
+    """
+    away = (latents - latents.median(dim=-1, keepdim=True).values).square().mean(dim=2, keepdim=True)
+    return (away / _STANDS_OUT).clamp(max=1.0)
 
 
 def x0_loss(predicted: Tensor, x0: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Matching:
         probe_blocks: length of a measured rollout.
         probe_streams: rollouts a measure.
         patience: probes worse than the best before them that end the run; 0 never ends it.
-        margin: by which share they must be worse.
+        margin: by how much they must be worse, as a share of the level a minute.
         seed: of everything that is drawn.
     """
 
@@ -69,10 +69,10 @@ class Matching:
     checkpointing: bool = False
     bf16: bool = True
     probe_every: int = 0
-    probe_blocks: int = 40
-    probe_streams: int = 4
+    probe_blocks: int = 160
+    probe_streams: int = 8
     patience: int = 3
-    margin: float = 0.25
+    margin: float = 0.02
     seed: int = 0
 
 
@@ -95,7 +95,7 @@ class MatchingTrainer(GeneratorTrainer):
 
     betas = (0.0, 0.999)
     curves, extendable = ("dmd", "fake"), True
-    panels = {"gates.png": ("gate_mean", "gate_std"), "drift.png": ("drift",)}  # noqa: RUF012  never changed
+    panels = {"gates.png": ("gate_mean", "gate_std"), "drift.png": ("drift", "motion")}  # noqa: RUF012  never changed
 
     def __init__(
         self,
@@ -209,11 +209,12 @@ class MatchingTrainer(GeneratorTrainer):
         return gates
 
     def gate_statistics(self, gates: Sequence[Tensor]) -> dict[str, float]:
-        """Return mean and standard deviation of gates, for the log."""
+        """Return mean and standard deviation of the gates of all processes, for the log."""
         if not gates:
             return {}
-        every = torch.stack([gate.float() for gate in gates])
-        return {"gate_mean": every.mean().item(), "gate_std": every.std().item()}
+        every = torch.stack([gate.double() for gate in gates])
+        found = self.ranks.mean({"mean": every.mean().item(), "square": every.square().mean().item()})
+        return {"gate_mean": found["mean"], "gate_std": max(0.0, found["square"] - found["mean"] ** 2) ** 0.5}
 
     def probe(self) -> dict[str, float]:
         """Measure drift where it is due; end the run, or keep the best model so far, as the measures say."""
@@ -222,21 +223,23 @@ class MatchingTrainer(GeneratorTrainer):
             return {}
         device = self.ranks.device
         parts: dict[str, Any] = self.averaged_parts()
-        drift = torch.zeros((), dtype=torch.float64, device=device)
+        found = {}
         if self.ranks.rank == 0:
             parts = {name: part.to(device) for name, part in parts.items()}
             codec = self.codec.to(device)
-            found = Checkpoint(self.config, parts["model"], parts.get("memory"), parts["text"], codec, "")
-            drift += self.measure(found)
-        value = self.ranks.total(drift).item()
+            model = Checkpoint(self.config, parts["model"], parts.get("memory"), parts["text"], codec, "")
+            found = dict(self.measure(model))
+        found = self.ranks.share(found)
+        value = found["drift"]
         history = [row["drift"] for row in self.log if "drift" in row] + [value]
         if value == min(history):
             self.export(self.codec, self.out / "best")
         if should_stop(history, s.patience, s.margin):
             self.why_ended = (
-                f"drift {value:.4f} a minute, best {min(history):.4f}; the model with the least is {self.out / 'best'}"
+                f"drift is {value:.4f} of the level a minute, was {min(history):.4f} at best; the model of then is "
+                f"{self.out / 'best'}"
             )
-        return {"drift": value}
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights of generator and fake score, and averages."""
