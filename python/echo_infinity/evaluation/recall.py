@@ -347,6 +347,12 @@ def _row(number: int, seed: int, question: Question | None, answer: Answer | Non
     }
 
 
+def keeps_memory(checkpoint: Checkpoint, policy: str) -> bool:
+    """Return whether streams under a policy keep anything of frames that left: what mode ``swapped`` swaps."""
+    memory = Rollout(checkpoint, policy, ["shapes drift over a dark field"], [0]).sampler.memory
+    return memory is not None and bool(memory.tensors())
+
+
 def _swap_memories(rollout: Rollout) -> None:
     memory = rollout.sampler.memory
     kept = {} if memory is None else memory.tensors()
