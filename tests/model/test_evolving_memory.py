@@ -272,3 +272,28 @@ def test_rejects_what_has_no_group_and_a_state_narrower_than_the_weights():
         tiny(groups=4).group_of(0, 3)
     with pytest.raises(ValueError, match=r"a torch\.bfloat16 state would round torch\.float32 weights"):
         EvolvingMemory(tiny()).start(1, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@torch.no_grad()
+def test_the_gate_is_the_share_that_a_write_keeps(groups):
+    """With the proposal made nothing, what is left of the state is the gate times the state."""
+    memory = EvolvingMemory(MemoryConfig(width=24, heads=2, frames=1, tokens_per_frame=4, groups=groups))
+    for connector in memory._all("connector_proj"):
+        torch.nn.init.zeros_(connector[3].weight)
+    for linear in memory._all("gate_linear"):
+        torch.nn.init.normal_(linear.weight)
+    state = torch.randn(groups, 2, 4, 24)
+    segments = [(torch.randn(2, 12, 2, 12), torch.randn(2, 12, 2, 12))]
+    gate = memory.gate(state, segments)
+    assert gate.shape == state.shape
+    assert gate.std() > 0.05
+    assert_golden(memory.write(state, segments), gate * state)
+
+
+def test_gates_that_are_none():
+    settings = MemoryConfig(width=24, heads=2, frames=1, tokens_per_frame=4, frozen=True)
+    state = torch.randn(1, 2, 4, 24)
+    assert_same_bits(EvolvingMemory(settings).gate(state, []), torch.ones_like(state))
+    with pytest.raises(ValueError, match="has no gate"):
+        EvolvingMemory(MemoryConfig(width=24, heads=2, frames=1, tokens_per_frame=4, residual=True)).gate(state, [])

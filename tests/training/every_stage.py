@@ -32,7 +32,7 @@ def run_stages(models: Path, out: Path, ranks: Ranks) -> None:
     clips = Clips(latents, *marks, prompts=[PROMPTS[i % 2] for i in range(6)], clips=[{}] * 6)
     paths = Trajectories(torch.randn(6, 5, 21, 4, 4, 4, generator=generator).half(), clips.prompts)
     flow = FlowTraining(**COMMON, warmup=1, blocks=7, graded=4, own_context=0.5, text_dropout=0.3)
-    init = Initialisation(**COMMON, accumulate=2, warmup=1, context_noise=0.1)
+    init = Initialisation(**COMMON, warmup=1, context_noise=0.1)
     stage2 = LongTuning(**MATCHING, accumulate=2, frames=60, rank=2, alpha=2.0, switch_share=1.0)
     parts = student, teacher, teacher, PROMPTS
     makers = {

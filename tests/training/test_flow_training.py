@@ -44,7 +44,7 @@ def test_loss_of_a_late_block_reaches_the_memory_through_its_writes(clips, confi
     torch.nn.init.normal_(trainer.model.head.head.weight)
     loss, parts = trainer.loss(torch.tensor([0, 1]), torch.Generator().manual_seed(0))
     loss.backward()
-    assert set(parts) == {"loss", "reappear", "first_open", "sighted", "closed"}
+    assert set(parts) == {"loss", "reappear", "first_open", "sighted", "closed", "gate_mean", "gate_std"}
     for name, x in trainer.memory.named_parameters():
         assert x.grad is not None, name
         assert x.grad.abs().sum() > 0, name

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from echo_infinity import cli
+from echo_infinity.memory import EvolvingMemory
 from echo_infinity.training.denoiser import Denoiser
 from echo_infinity.training.distributed import Ranks
 from echo_infinity.training.init import Initialisation, InitTrainer
@@ -121,6 +122,16 @@ def test_accumulated_batches_are_one_larger_batch(config, data, student, tmp_pat
 def test_states_that_are_not_the_students_are_refused(config, data, tmp_path):
     with pytest.raises(ValueError, match="trajectories have 3 states, a student of 4 steps needs one more"):
         InitTrainer(SETTINGS, config, replace(data, states=data.states[:, :3]), tmp_path)
+
+
+def test_a_model_of_other_shapes_is_no_start(config, data, student, tmp_path):
+    trainer = InitTrainer(SETTINGS, config, data, tmp_path)
+    wider = student._replace(memory=EvolvingMemory(replace(student.config.memory, frames=2)))
+    with pytest.raises(ValueError, match=r"other shapes: memory.query_init \(1, 8, 24\), not \(1, 12, 24\)"):
+        trainer.start_from_checkpoint(wider)
+    other = replace(student.config, model=replace(student.config.model, layers=3))
+    with pytest.raises(ValueError, match="can't start from ModelConfig"):
+        trainer.start_from_checkpoint(student._replace(config=other))
 
 
 def test_the_command_makes_a_student_that_loads(folders, student, tmp_path, monkeypatch):

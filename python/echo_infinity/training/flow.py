@@ -24,6 +24,7 @@ from echo_infinity.training.losses import add_noise, flow_loss, object_share, pe
 from echo_infinity.training.options import add_settings, read_settings
 
 GROUPS = ("reappear", "first_open", "sighted", "closed")
+_GATES_EVERY = 10  # steps: to look at gates costs each write a second time
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,7 @@ class FlowTrainer(GeneratorTrainer):
         marks = {name: getattr(self.clips, name)[index] for name in GROUPS}
         batch = len(index)
         stream = self.streams(self._encode_text(index, generator), len(latents))
+        gates = self.watch_gates(stream, self.step % _GATES_EVERY == 0)
         clean = self.model.condition(torch.zeros(1, 1, device=self.ranks.device))
         losses, weights = [], []
         graded = range(s.blocks) if graded is None else graded
@@ -258,7 +260,8 @@ class FlowTrainer(GeneratorTrainer):
             if block < max(graded):
                 stream.show(self._context(batch, x0, predicted, sigma, 1.0 if own else s.own_context, generator), clean)
         groups = {name: mark[:, list(graded)] for name, mark in marks.items()}
-        return self._graded(torch.stack(losses, 1), torch.stack(weights, 1), groups)
+        loss, parts = self._graded(torch.stack(losses, 1), torch.stack(weights, 1), groups)
+        return loss, parts | self.gate_statistics(gates)
 
     def clip_loss(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Flow-matching loss of the clips ``index`` ``(B,)`` as wholes: one noise level a clip, no window.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from echo_infinity.config import EchoConfig
 from echo_infinity.memory import EvolvingMemory
 from echo_infinity.model import CausalDiT
 from echo_infinity.policies import find_policy
+from echo_infinity.recall import StreamMemory
 from echo_infinity.text import GrammarText
 from echo_infinity.training.denoiser import Prompts, encode_prompts
 from echo_infinity.training.distributed import Ranks, spread, whole
@@ -39,6 +40,7 @@ class GeneratorTrainer(Trainer):
     """
 
     betas = (0.9, 0.99)
+    panels = {"gates.png": ("gate_mean", "gate_std")}  # noqa: RUF012  never changed
 
     def __init__(
         self, settings: Any, config: EchoConfig, out: Path, ranks: Ranks | None = None, identity: str | None = None
@@ -94,7 +96,7 @@ class GeneratorTrainer(Trainer):
         """Take the weights of a model; a memory that it lacks keeps its fresh start.
 
         Raises:
-            ValueError: its DiT has another shape.
+            ValueError: its parts have other shapes.
         """
         if loaded.config.model != self.config.model:
             raise ValueError(f"can't start from {loaded.config.model}: this run trains {self.config.model}")
@@ -103,7 +105,11 @@ class GeneratorTrainer(Trainer):
         if loaded.memory is not None:
             values |= {f"memory.{name}": x for name, x in loaded.memory.state_dict().items()}
         own = dict(self.parameters())
-        self.assign({name: x for name, x in values.items() if name in own})
+        values = {name: x for name, x in values.items() if name in own}
+        shapes = [(name, tuple(x.shape), tuple(own[name].shape)) for name, x in values.items()]
+        if wrong := [f"{name} {theirs}, not {ours}" for name, theirs, ours in shapes if theirs != ours]:
+            raise ValueError(f"can't start from a model of other shapes: {'; '.join(wrong)}")
+        self.assign(values)
         self.average_anew()
 
     def encode(self, prompts: Prompts) -> list[KV]:
@@ -135,6 +141,21 @@ class GeneratorTrainer(Trainer):
     def streams(self, text: list[KV], batch: int) -> StreamPasses:
         """Start a batch of streams of the generator."""
         return StreamPasses(self.model, self.geometry, self.policy.recall(self.memory, self.config, batch), text)
+
+    def watch_gates(self, stream: StreamPasses, wanted: bool) -> list[Tensor]:
+        """Return a list that the gates of the stream's coming writes are put into, if they are wanted."""
+        gates: list[Tensor] = []
+        if isinstance(stream.recall, StreamMemory):
+            stream.recall.gates = gates if wanted else None
+        return gates
+
+    def gate_statistics(self, gates: Sequence[Tensor]) -> dict[str, float]:
+        """Return mean and standard deviation of the gates of all processes, for the log."""
+        if not gates:
+            return {}
+        every = torch.stack([gate.double() for gate in gates])
+        found = self.ranks.mean({"mean": every.mean().item(), "square": every.square().mean().item()})
+        return {"gate_mean": found["mean"], "gate_std": max(0.0, found["square"] - found["mean"] ** 2) ** 0.5}
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights and averaged weights."""

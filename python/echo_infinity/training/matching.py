@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from echo_infinity.recall import StreamMemory
 from echo_infinity.training.denoiser import Denoiser, Prompts
 from echo_infinity.training.distributed import Ranks, clip_gradients, spread
 from echo_infinity.training.drift import DriftProbe, Measure, should_stop
 from echo_infinity.training.generator import GeneratorTrainer
-from echo_infinity.training.losses import add_noise, dmd_gradient, flow_loss, score_level, surrogate_loss
-from echo_infinity.training.passes import StreamPasses
+from echo_infinity.training.losses import add_noise, dmd_gradient, flow_loss, score_level, surrogate_loss, to_x0
 from echo_infinity.training.rollout import Levels, few_steps
 from echo_infinity.weights import Checkpoint, load_checkpoint
 
@@ -95,7 +93,7 @@ class MatchingTrainer(GeneratorTrainer):
 
     betas = (0.0, 0.999)
     curves, extendable = ("dmd", "fake"), True
-    panels = {"gates.png": ("gate_mean", "gate_std"), "drift.png": ("drift", "motion")}  # noqa: RUF012  never changed
+    panels = GeneratorTrainer.panels | {"drift.png": ("drift", "motion")}
 
     def __init__(
         self,
@@ -164,7 +162,7 @@ class MatchingTrainer(GeneratorTrainer):
         with torch.no_grad():
             x_t = add_noise(clip.detach(), noise, sigma)
             flow = self.teacher.guided_flow(x_t, sigma, prompts, self.settings.guidance)
-            real = x_t - sigma.view(-1, 1, 1, 1, 1) * flow
+            real = to_x0(x_t, flow, sigma)
             fake = self.fake.x0(x_t, sigma, self.fake.encode(prompts))
         counted = slice(clip.shape[1] - new, None)
         gradient = dmd_gradient(clip[:, counted], real[:, counted], fake[:, counted])
@@ -200,21 +198,6 @@ class MatchingTrainer(GeneratorTrainer):
         self.optimisers["fake_adam"].step()
         self.optimisers["fake_adam"].zero_grad(set_to_none=True)
         return {"fake_grad_norm": norm}
-
-    def watch_gates(self, stream: StreamPasses, wanted: bool) -> list[Tensor]:
-        """Return a list that the gates of the stream's coming writes are put into, if they are wanted."""
-        gates: list[Tensor] = []
-        if isinstance(stream.recall, StreamMemory):
-            stream.recall.gates = gates if wanted else None
-        return gates
-
-    def gate_statistics(self, gates: Sequence[Tensor]) -> dict[str, float]:
-        """Return mean and standard deviation of the gates of all processes, for the log."""
-        if not gates:
-            return {}
-        every = torch.stack([gate.double() for gate in gates])
-        found = self.ranks.mean({"mean": every.mean().item(), "square": every.square().mean().item()})
-        return {"gate_mean": found["mean"], "gate_std": max(0.0, found["square"] - found["mean"] ** 2) ** 0.5}
 
     def probe(self) -> dict[str, float]:
         """Measure drift where it is due; end the run, or keep the best model so far, as the measures say."""
