@@ -91,6 +91,14 @@ def test_requests_that_can_not_be_served_are_refused(evaluate, words, message):
     assert message in err
 
 
+def test_mode_swapped_is_left_out_where_there_is_no_memory(evaluate):
+    code, out, err = evaluate("recall", "--policy", "evolving", "sink", "--modes", "shown", "swapped", *RECALL)
+    assert code == 0
+    assert "policy sink keeps no memory to swap: mode swapped left out" in err
+    swapped = [line for line in out.splitlines() if "another rollout's memory" in line]
+    assert [line.split("|")[1].strip() for line in swapped] == ["untrained-evolving"]
+
+
 def test_without_matplotlib_there_are_tables_and_a_word_about_plots(evaluate, tmp_path, monkeypatch):
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     code, out, err = evaluate("recall", *RECALL)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from echo_infinity.codec import to_unit
 from echo_infinity.evaluation.journal import Journal
-from echo_infinity.evaluation.recall import MODES, Recall, RecallTest, cells, check_worlds
+from echo_infinity.evaluation.recall import MODES, Recall, RecallTest, cells, check_worlds, keeps_memory
 from echo_infinity.policies import POLICIES
 from numerics import assert_stream_equal
 
@@ -87,6 +87,8 @@ def test_shared_closed_blocks_are_what_each_world_encodes_to(untrained, absence)
 
 def test_memories_of_a_policy_without_one_can_not_be_swapped(untrained, tmp_path):
     test = replace(TEST, modes=("swapped",))
+    kept = {policy: keeps_memory(untrained, policy) for policy in POLICIES}
+    assert [policy for policy in POLICIES if not kept[policy]] == ["window", "sink", "full"]
     with pytest.raises(ValueError, match="this policy has none: leave it out"):
         Recall(untrained, "sink", test).run(Journal(tmp_path / "recall.jsonl", {}), nothing)
 

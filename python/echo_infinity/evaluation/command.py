@@ -22,7 +22,7 @@ from echo_infinity.evaluation.journal import Journal
 from echo_infinity.evaluation.perceptual import Perceptual, PerceptualTest
 from echo_infinity.evaluation.prompt import Prompt, PromptTest
 from echo_infinity.evaluation.real import load_reference, real_clips, real_worlds
-from echo_infinity.evaluation.recall import MODES, Recall, RecallTest
+from echo_infinity.evaluation.recall import MODES, Recall, RecallTest, keeps_memory
 from echo_infinity.policies import POLICIES, find_policy
 from echo_infinity.weights import Checkpoint, load_checkpoint
 from echo_infinity.worlds.grammar import parse
@@ -120,6 +120,9 @@ def _make(args: argparse.Namespace, checkpoint: Checkpoint, policy: str, folder:
     test: Any
     if measure == "recall":
         absences, modes = tuple(args.absences), tuple(args.modes)
+        if "swapped" in modes and not keeps_memory(checkpoint, policy):
+            _say(f"recall: policy {policy} keeps no memory to swap: mode swapped left out")
+            modes = tuple(mode for mode in modes if mode != "swapped")
         test = RecallTest(args.rollouts, absences, modes, args.sight, args.seed, args.batch)
         return test, Recall(checkpoint, policy, test)
     if measure == "prompt":

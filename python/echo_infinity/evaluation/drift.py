@@ -224,7 +224,8 @@ class DriftScore:
     Args:
         minutes: of the shortest stream.
         trends: by measure.
-        motion: motion over that of the real worlds of the same prompts, mean over streams.
+        motion: motion over that of the real worlds of the same prompts through the codec, mean over streams.
+        raw_motion: the same over that of the real worlds themselves: a codec that flickers moves what stands still.
         runaway: streams that ran away, by the rules of docs/evaluation.md.
         frozen: streams that ended with hardly any motion.
         looping: streams that repeated themselves in the last five minutes.
@@ -234,6 +235,7 @@ class DriftScore:
     minutes: int
     trends: dict[str, Trend]
     motion: float
+    raw_motion: float
     runaway: Share
     frozen: Share
     looping: Share
@@ -273,12 +275,16 @@ def score(rows: Iterable[Row], prompts: Sequence[str], reference: Reference | No
         return Share(sum(any(r.startswith(kinds) for r in found) for found in reasons.values()), len(streams))
 
     trends = {name: _trend(name, x, [real[i] for i in alive]) for name, x in series.items() if len(x)}
-    ratios = [
-        np.nanmean(x) / r.levels["motion"] for x, i in zip(series["motion"], alive, strict=True) if (r := real[i])
-    ]
-    motion = _mean([float(x) for x in ratios])
+    known = [(float(np.nanmean(x)), r) for x, i in zip(series["motion"], alive, strict=True) if (r := real[i])]
     return DriftScore(
-        minutes, trends, motion, count("ran away", "not finite"), count("frozen"), count("loops"), reasons
+        minutes,
+        trends,
+        _mean([x / r.levels["motion"] for x, r in known]),
+        _mean([x / r.raw["motion"] for x, r in known]),
+        count("ran away", "not finite"),
+        count("frozen"),
+        count("loops"),
+        reasons,
     )
 
 

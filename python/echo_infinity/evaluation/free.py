@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from torch import Tensor
 
 from echo_infinity.evaluation.objects import find_objects
-from echo_infinity.evaluation.returns import Answer, Question, ask, judge_return
+from echo_infinity.evaluation.returns import LOOK_BACK, Answer, Question, ask, judge_return
 from echo_infinity.evaluation.scenes import CLOSED, OPEN, curtain_share
 from echo_infinity.worlds.motion import SINK_FRAMES
 
@@ -16,9 +18,9 @@ _JUDGED = (2, 5, 8)  # open frames after the return
 class Watch:
     """One stream's first question and its answer; constant in size.
 
-    The question is the last open frame before the curtain closes, where it had been open for six frames and shows a
-    clear object. The answer is read off the third, sixth and ninth open frame after the curtain has opened again. A
-    stream that shows objects in the sink is not asked.
+    The question is the last open frame but three before the curtain closes, where it had been open for six frames and
+    shows a clear object. The answer is read off the third, sixth and ninth open frame after the curtain has opened
+    again. A stream that shows objects in the sink is not asked.
 
     Args:
         seed: of the stream; chooses the object that is asked for.
@@ -31,7 +33,7 @@ class Watch:
         self.hidden = 0  # frames that the curtain was closed
         self.done = False
         self._frames = self._open = 0
-        self._last: Tensor | None = None
+        self._last: deque[Tensor] = deque(maxlen=LOOK_BACK)
         self._after: list[Tensor] = []
 
     def push(self, frames: Tensor) -> None:
@@ -47,14 +49,15 @@ class Watch:
             if self._frames < SINK_FRAMES:
                 self.done = bool(find_objects(frame))
             elif self.question is None:
-                self._last = frame
+                self._last.append(frame)
             elif self._open in _JUDGED:
                 self._after.append(frame)
             self._open += 1
         elif share >= CLOSED:
-            if self.question is None and self._last is not None and self._open >= _SIGHT:
-                self.question = ask(find_objects(self._last), self.seed)
+            if self.question is None and self._last and self._open >= _SIGHT:
+                self.question = ask(find_objects(self._last[0]), self.seed)
             self.hidden += self.question is not None and not self._after
-            self._open, self._last = 0, None
+            self._open = 0
+            self._last.clear()
         if self.question is not None and len(self._after) == len(_JUDGED):
             self.answer, self.done = judge_return(self.question, self._after), True

@@ -24,7 +24,7 @@ from echo_infinity.codec import to_uint8, to_unit
 from echo_infinity.evaluation.free import Watch
 from echo_infinity.evaluation.journal import Journal, Row
 from echo_infinity.evaluation.objects import find_objects
-from echo_infinity.evaluation.returns import Answer, Question, ask, judge_return
+from echo_infinity.evaluation.returns import LOOK_BACK, Answer, Question, ask, judge_return
 from echo_infinity.evaluation.sampling import Rollout
 from echo_infinity.evaluation.scenes import OPEN, curtain_share
 from echo_infinity.evaluation.stats import Share
@@ -196,7 +196,7 @@ class Recall:
         rows = []
         for number, scene, before, after in zip(numbers, scenes, seen, frames, strict=True):
             open_frames = before[curtain_share(before) <= OPEN]
-            question = ask(find_objects(open_frames[-1]), scene.seed) if len(open_frames) else None
+            question = ask(find_objects(open_frames[-LOOK_BACK:][0]), scene.seed) if len(open_frames) else None
             answer = None if question is None else judge_return(question, [after[i] for i in JUDGED])
             rows.append(_row(number, scene.seed, question, answer))
         return rows
@@ -345,6 +345,12 @@ def _row(number: int, seed: int, question: Question | None, answer: Answer | Non
         "place": right.place,
         "all": right.all,
     }
+
+
+def keeps_memory(checkpoint: Checkpoint, policy: str) -> bool:
+    """Return whether streams under a policy keep anything of frames that left: what mode ``swapped`` swaps."""
+    memory = Rollout(checkpoint, policy, ["shapes drift over a dark field"], [0]).sampler.memory
+    return memory is not None and bool(memory.tensors())
 
 
 def _swap_memories(rollout: Rollout) -> None:

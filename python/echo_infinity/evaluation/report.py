@@ -153,11 +153,12 @@ def _drift(runs: Sequence[Run]) -> str:
             ends = [_slope(x) if x else "" for x in (trend.first_hour, trend.last_hour)]
             slopes.append([run.name, trend.measure, *figures, _slope(trend.slope), *ends])
         shares = [f"{x.right} of {x.n}" for x in (score.runaway, score.frozen, score.looping)]
-        verdicts.append([run.name, f"{score.minutes / 60:.2f}", _number(score.motion), *shares])
+        motion = [_number(score.motion), _number(score.raw_motion)]
+        verdicts.append([run.name, f"{score.minutes / 60:.2f}", *motion, *shares])
         notes += [f"- {run.name}, stream {i}: {'; '.join(found)}" for i, found in sorted(score.reasons.items())]
     head = ["run", "measure", "first minutes", "last minutes", "real worlds", "uncoded", "slope per hour (95 %)"]
     first = _section("Drift", [*head, "first hour", "last hour"], slopes)
-    head = ["run", "hours", "motion / real", "ran away", "frozen", "looping"]
+    head = ["run", "hours", "motion / real", "motion / uncoded", "ran away", "frozen", "looping"]
     second = _section("Streams that went wrong", head, verdicts)
     return "\n\n".join(x for x in (first, second, "\n".join(notes)) if x)
 

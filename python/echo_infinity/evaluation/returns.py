@@ -12,6 +12,7 @@ from torch import Tensor
 from echo_infinity.evaluation.objects import Found, find_objects
 from echo_infinity.worlds.curtain import hash64
 
+LOOK_BACK = 4  # the last open frame but three is what was seen: the later ones may show the curtain coming
 CLEAR = 0.6  # overlap with the best shape from which an object is worth asking for
 NEAR = 8.0  # pixels between centres that still are the right place: half a token of the bundled model
 
