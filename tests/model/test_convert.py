@@ -12,6 +12,7 @@ import torch
 from echo_infinity import cli
 from echo_infinity.checkpoints.convert import Settings, Sources, convert, expected_shapes
 from echo_infinity.checkpoints.entries import open_safetensors
+from echo_infinity.checkpoints.shards import Progress
 from echo_infinity.config import EchoConfig, ModelConfig, preset
 from echo_infinity.model import CausalDiT
 from echo_infinity.pipeline import EchoPipeline
@@ -307,3 +308,20 @@ def test_memory_grows_by_at_most_a_shard_and_two_tensors(tmp_path, kind):
     grown, allowed = int(done.stdout.split()[-1]), shard + 2 * largest
     assert total > 2.5 * allowed, "the file must be larger than what is allowed, or this shows nothing"
     assert grown <= allowed, f"grew by {grown >> 20} MiB, allowed {allowed >> 20}, the file has {total >> 20}"
+
+
+def test_progress_hears_every_byte(tmp_path):
+    class Heard(Progress):
+        expected = written = 0
+
+        def expect(self, nbytes):
+            self.expected += nbytes
+
+        def done(self, nbytes):
+            self.written += nbytes
+
+    config, dit, _ = golden_parts()
+    torch.save({"generator": prefixed(dit)}, tmp_path / "a.pt")
+    heard = Heard()
+    convert(Sources([tmp_path / "a.pt"]), tmp_path / "model", config, progress=heard)
+    assert heard.expected == heard.written == sum(x.nbytes for x in dit.values())
