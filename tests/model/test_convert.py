@@ -80,6 +80,21 @@ def test_lora_and_memory_file_merge_into_the_golden_model(tmp_path, alpha):
     assert_golden_rollout(tmp_path / "model", tmp_path, blocks=8)
 
 
+def test_a_peft_model_saved_whole_is_its_base_with_the_update(tmp_path):
+    pair = write_lora_pair(tmp_path / "base.pt", tmp_path / "long.pt")
+    base, lora = (torch.load(path, weights_only=True) for path in pair)
+    stems = {name.split(".lora_")[0] for name in lora["generator_lora"]}
+    whole = {}
+    for name, x in base["generator"].items():
+        if "query_memory_encoder" not in name:
+            stem, _, leaf = f"base_model.{name}".rpartition(".")
+            whole[f"{stem}.base_layer.{leaf}" if stem in stems else f"{stem}.{leaf}"] = x
+    whole |= {name.replace(".weight", ".default.weight"): x for name, x in lora["generator_lora"].items()}
+    torch.save({"generator": whole, "query_memory_encoder": lora["query_memory_encoder"]}, tmp_path / "whole.pt")
+    convert(Sources([tmp_path / "whole.pt"]), tmp_path / "model", golden_parts()[0])
+    assert_golden_rollout(tmp_path / "model", tmp_path, blocks=5)
+
+
 def test_without_the_average_the_trained_weights_are_read(tmp_path):
     config, dit, memory = golden_parts()
     convert(Sources([write_official(tmp_path / "echo.pt")]), tmp_path / "model", config, Settings(ema=False))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from echo_infinity.checkpoints.entries import Entries, check_entries, open_weights
+from echo_infinity.checkpoints.entries import SECTIONS, Entries, check_entries, open_weights
 from echo_infinity.checkpoints.lora import merge_lora
 from echo_infinity.checkpoints.names import official, rename
 from echo_infinity.checkpoints.parts import write_decoder, write_text, write_tiny_decoder
@@ -136,7 +136,9 @@ def gather(weights: Sequence[Path], *, ema: bool = True, lora_alpha: float | Non
     loras: list[tuple[Path, Entries]] = []
     for path in weights:
         sections = open_weights(path)
-        names = {name: rename(x, official, f"{path}: {name}") for name, x in sections.items() if name in _KNOWN}
+        names = {
+            name: rename(x, official, f"{path}: {name}") for name, x in sections.items() if name in ("", *SECTIONS)
+        }
         if ignored := sorted(sections.keys() - names.keys()):
             found.notes.append(f"{path.name}: not needed, not read: {', '.join(ignored)}")
         generator = _generator(names, ema, path, found.notes)
@@ -167,9 +169,6 @@ def gather(weights: Sequence[Path], *, ema: bool = True, lora_alpha: float | Non
         found.notes.append(f"{path.name}: LoRA of rank {rank} on {len(lora) // 2} weights merged, scale {scale:g}")
     found.entries = own
     return found
-
-
-_KNOWN = ("", "generator", "generator_ema", "model", "state_dict", "generator_lora", "query_memory_encoder")
 
 
 def expected_shapes(config: EchoConfig) -> dict[str, tuple[int, ...]]:
