@@ -17,8 +17,8 @@ def merge_lora(base: Entries, lora: Entries, *, alpha: float | None = None, sour
 
     Args:
         base: official names without ``model.``.
-        lora: official names too, with ``lora_A.weight`` ``(rank, in)`` and ``lora_B.weight`` ``(out, rank)`` in the place of
-            ``weight``; an adapter's name may stand in between.
+        lora: official names too, with ``lora_A.weight`` ``(rank, in)`` and ``lora_B.weight`` ``(out, rank)`` in the
+            place of ``weight``; an adapter's name may stand in between.
         alpha: numerator of the scale; default the rank, which makes the scale 1.
         source: for messages.
 
