@@ -25,7 +25,7 @@ from echo_infinity.noise import counter_noise
 from echo_infinity.sampler import BlockSampler, Generator
 
 
-def build(config: EchoConfig, dtype: torch.dtype, device: str) -> BlockSampler:
+def build(config: EchoConfig, dtype: torch.dtype, device: str, graphs: bool | None = False) -> BlockSampler:
     """A stream at frame 18 whose window is full and whose memory has been written."""
     with torch.device("meta"):
         parts = [CausalDiT(config.model), EvolvingMemory(config.memory)]
@@ -37,7 +37,7 @@ def build(config: EchoConfig, dtype: torch.dtype, device: str) -> BlockSampler:
     model, memory = (part.eval() for part in parts)
     embeddings = torch.randn(1, config.model.text_tokens, config.model.text_width, device=device) * 0.1
     sampler = BlockSampler(
-        Generator(config, model, memory), model.encode_text(embeddings), counter_noise(0), graphs=False
+        Generator(config, model, memory), model.encode_text(embeddings), counter_noise(0), graphs=graphs
     )
     for x in sampler.cache.tensors().values():
         x.normal_(0, 0.02)
