@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import echo_ext
-from echo_ext.rope import _why_not_kernel, frame_table, grid_table, rope_rotate
+from echo_ext._dispatch import why_not_kernel
+from echo_ext.rope import frame_table, grid_table, rope_rotate
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
@@ -16,7 +17,7 @@ def shape_of(geometry, backend):
     """Shape of a geometry, or a skip that says why it can't be timed here."""
     if geometry == "official" and not GPU:
         pytest.skip(f"official is for GPUs: {echo_ext.build_info()['why_no_kernels']}")
-    if backend == "kernel" and (reason := _why_not_kernel(torch.empty(0, device=DEVICE, dtype=DTYPE))):
+    if backend == "kernel" and (reason := why_not_kernel("rope_rotate", torch.empty(0, device=DEVICE), "x")):
         pytest.skip(f"no rope_rotate kernel here: {reason}")
     return GEOMETRIES[geometry]
 

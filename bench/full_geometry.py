@@ -25,7 +25,7 @@ from echo_infinity.noise import counter_noise
 from echo_infinity.sampler import BlockSampler, Generator
 
 
-def build(config: EchoConfig, dtype: torch.dtype, device: str) -> BlockSampler:
+def build(config: EchoConfig, dtype: torch.dtype, device: str, graphs: bool | None = False) -> BlockSampler:
     """A stream at frame 18 whose window is full and whose memory has been written."""
     with torch.device("meta"):
         parts = [CausalDiT(config.model), EvolvingMemory(config.memory)]
@@ -37,7 +37,7 @@ def build(config: EchoConfig, dtype: torch.dtype, device: str) -> BlockSampler:
     model, memory = (part.eval() for part in parts)
     embeddings = torch.randn(1, config.model.text_tokens, config.model.text_width, device=device) * 0.1
     sampler = BlockSampler(
-        Generator(config, model, memory), model.encode_text(embeddings), counter_noise(0), graphs=False
+        Generator(config, model, memory), model.encode_text(embeddings), counter_noise(0), graphs=graphs
     )
     for x in sampler.cache.tensors().values():
         x.normal_(0, 0.02)
@@ -50,6 +50,9 @@ def peak(device: str) -> int:
     """Most bytes that the process, or the GPU, has held."""
     if device != "cpu":
         return torch.cuda.max_memory_reserved()
+    status = Path("/proc/self/status")
+    if status.exists():  # the other source counts what the parent held when it forked
+        return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used << 10
 

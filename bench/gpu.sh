@@ -62,6 +62,10 @@ step baseline 150 "$python" bench/baseline.py --device cuda --geometry official 
   --blocks 5 --out "$logs/baseline.json"
 tail -n 12 "$logs/baseline.log"
 
+step end-to-end 150 "$python" bench/end_to_end.py --device cuda --out "$logs/end_to_end.json"
+step memory 60 "$python" bench/full_geometry.py --device cuda
+cat "$logs/end-to-end.log" "$logs/memory.log"
+
 "$python" bench/report.py --logs "$logs" --out "$out" --failed "${failed# }" || failed+=" report"
 echo "$((SECONDS - begun)) s in all; failed:${failed:- nothing}"
 [ -z "$failed" ]

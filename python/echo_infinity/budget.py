@@ -13,7 +13,7 @@ from echo_infinity.config import EchoConfig
 from echo_infinity.weights import MEMORY_PREFIX
 
 GIB = 1 << 30
-RUNTIME = {"cpu": int(0.22 * GIB), "cuda": int(0.6 * GIB)}  # torch in a process; a CUDA context with its libraries
+RUNTIME = {"cpu": int(0.28 * GIB), "cuda": int(0.6 * GIB)}  # torch in a process; a CUDA context with its libraries
 UMT5_PARAMETERS = 5_680_910_336  # the XXL encoder
 VAE_PARAMETERS = 126_892_531  # AutoencoderKLWan, encoder and decoder
 VAE_STATE = 2364.5  # values kept for each pixel of a frame: two frames of every causal convolution's input

@@ -145,7 +145,9 @@ class Umt5Text:
     def _tokenise(self, text: str) -> list[int]:
         if self._tokenizer is None:
             transformers = library("transformers", "a UMT5 text encoder")
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False
+            )
         ids = list(self._tokenizer(text)["input_ids"])
         if len(ids) > self.tokens:
             warnings.warn(

@@ -12,6 +12,7 @@ import torch
 from echo_infinity import cli
 from echo_infinity.checkpoints.convert import Settings, Sources, convert, expected_shapes
 from echo_infinity.checkpoints.entries import open_safetensors
+from echo_infinity.checkpoints.shards import Progress
 from echo_infinity.config import EchoConfig, ModelConfig, preset
 from echo_infinity.model import CausalDiT
 from echo_infinity.pipeline import EchoPipeline
@@ -77,6 +78,21 @@ def test_lora_and_memory_file_merge_into_the_golden_model(tmp_path, alpha):
     assert any(f"LoRA of rank 4 on 30 weights merged, scale {1 if alpha is None else 2:g}" in note for note in notes)
     assert any("its memory replaces the one in base.pt" in note for note in notes)
     assert_golden_rollout(tmp_path / "model", tmp_path, blocks=8)
+
+
+def test_a_peft_model_saved_whole_is_its_base_with_the_update(tmp_path):
+    pair = write_lora_pair(tmp_path / "base.pt", tmp_path / "long.pt")
+    base, lora = (torch.load(path, weights_only=True) for path in pair)
+    stems = {name.split(".lora_")[0] for name in lora["generator_lora"]}
+    whole = {}
+    for name, x in base["generator"].items():
+        if "query_memory_encoder" not in name:
+            stem, _, leaf = f"base_model.{name}".rpartition(".")
+            whole[f"{stem}.base_layer.{leaf}" if stem in stems else f"{stem}.{leaf}"] = x
+    whole |= {name.replace(".weight", ".default.weight"): x for name, x in lora["generator_lora"].items()}
+    torch.save({"generator": whole, "query_memory_encoder": lora["query_memory_encoder"]}, tmp_path / "whole.pt")
+    convert(Sources([tmp_path / "whole.pt"]), tmp_path / "model", golden_parts()[0])
+    assert_golden_rollout(tmp_path / "model", tmp_path, blocks=5)
 
 
 def test_without_the_average_the_trained_weights_are_read(tmp_path):
@@ -307,3 +323,20 @@ def test_memory_grows_by_at_most_a_shard_and_two_tensors(tmp_path, kind):
     grown, allowed = int(done.stdout.split()[-1]), shard + 2 * largest
     assert total > 2.5 * allowed, "the file must be larger than what is allowed, or this shows nothing"
     assert grown <= allowed, f"grew by {grown >> 20} MiB, allowed {allowed >> 20}, the file has {total >> 20}"
+
+
+def test_progress_hears_every_byte(tmp_path):
+    class Heard(Progress):
+        expected = written = 0
+
+        def expect(self, nbytes):
+            self.expected += nbytes
+
+        def done(self, nbytes):
+            self.written += nbytes
+
+    config, dit, _ = golden_parts()
+    torch.save({"generator": prefixed(dit)}, tmp_path / "a.pt")
+    heard = Heard()
+    convert(Sources([tmp_path / "a.pt"]), tmp_path / "model", config, progress=heard)
+    assert heard.expected == heard.written == sum(x.nbytes for x in dit.values())

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from echo_infinity.checkpoints.entries import Entries, check_entries, open_weights
+from echo_infinity.checkpoints.entries import SECTIONS, Entries, check_entries, open_weights
 from echo_infinity.checkpoints.lora import merge_lora
 from echo_infinity.checkpoints.names import official, rename
 from echo_infinity.checkpoints.parts import write_decoder, write_text, write_tiny_decoder
-from echo_infinity.checkpoints.shards import SHARD_BYTES, write_shards
+from echo_infinity.checkpoints.shards import SHARD_BYTES, Progress, write_shards
 from echo_infinity.config import EchoConfig
 from echo_infinity.memory import EvolvingMemory
 from echo_infinity.model import CausalDiT
@@ -77,8 +77,7 @@ def convert(
     config: EchoConfig,
     settings: Settings | None = None,
     *,
-    on_tensor: Callable[[int], None] = lambda nbytes: None,
-    on_total: Callable[[int], None] = lambda nbytes: None,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Write a folder that :meth:`EchoPipeline.from_pretrained` opens.
 
@@ -89,8 +88,7 @@ def convert(
         folder: where to.
         config: the generator's; its memory is dropped where the files hold none.
         settings: how.
-        on_tensor: called with the bytes of each tensor of the generator that is written.
-        on_total: called once with their sum.
+        progress: told what will be written and what has been.
 
     Returns:
         Notes: what was left out, and why.
@@ -113,11 +111,11 @@ def convert(
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     temporary.mkdir(parents=True)
     try:
-        notes = [] if adds else _write_generator(sources.weights, temporary, config, settings, on_tensor, on_total)
+        notes = [] if adds else _write_generator(sources.weights, temporary, config, settings, progress)
         if sources.text is not None:
-            write_text(sources.text, sources.tokenizer, temporary / TEXT_FOLDER, settings.text_dtype)
+            write_text(sources.text, sources.tokenizer, temporary / TEXT_FOLDER, settings.text_dtype, progress)
         if sources.decoder is not None:
-            write_decoder(sources.decoder, temporary / DECODER_FOLDER)
+            write_decoder(sources.decoder, temporary / DECODER_FOLDER, progress)
         if sources.tiny_decoder is not None:
             write_tiny_decoder(sources.tiny_decoder, temporary / TINY_DECODER)
         _publish(temporary, folder, adds)
@@ -138,7 +136,9 @@ def gather(weights: Sequence[Path], *, ema: bool = True, lora_alpha: float | Non
     loras: list[tuple[Path, Entries]] = []
     for path in weights:
         sections = open_weights(path)
-        names = {name: rename(x, official, f"{path}: {name}") for name, x in sections.items() if name in _KNOWN}
+        names = {
+            name: rename(x, official, f"{path}: {name}") for name, x in sections.items() if name in ("", *SECTIONS)
+        }
         if ignored := sorted(sections.keys() - names.keys()):
             found.notes.append(f"{path.name}: not needed, not read: {', '.join(ignored)}")
         generator = _generator(names, ema, path, found.notes)
@@ -171,9 +171,6 @@ def gather(weights: Sequence[Path], *, ema: bool = True, lora_alpha: float | Non
     return found
 
 
-_KNOWN = ("", "generator", "generator_ema", "model", "state_dict", "generator_lora", "query_memory_encoder")
-
-
 def expected_shapes(config: EchoConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a generator, in a folder's naming; nothing is allocated."""
     with torch.device("meta"):
@@ -188,8 +185,7 @@ def _write_generator(
     folder: Path,
     config: EchoConfig,
     settings: Settings,
-    on_tensor: Callable[[int], None],
-    on_total: Callable[[int], None],
+    progress: Progress | None,
 ) -> list[str]:
     found = gather(weights, ema=settings.ema, lora_alpha=settings.lora_alpha)
     notes = found.notes
@@ -203,8 +199,7 @@ def _write_generator(
         del given[name]
     check_entries(given, expected, ", ".join(map(str, weights)))
     ordered = {name: given[name] if settings.dtype is None else given[name].to(settings.dtype) for name in expected}
-    on_total(sum(x.dtype.itemsize * _count(x.shape) for x in ordered.values()))
-    write_shards(folder, STEM, ordered, shard_bytes=settings.shard_bytes, on_tensor=on_tensor)
+    write_shards(folder, STEM, ordered, shard_bytes=settings.shard_bytes, progress=progress)
     (folder / CONFIG).write_text(config.to_json() + "\n")
     return notes
 
@@ -226,13 +221,6 @@ def _generator(names: Mapping[str, Entries], ema: bool, path: Path, notes: list[
             notes.append(f"{path.name}: {len(extra)} memory tensors are missing in generator_ema: taken from generator")
         chosen |= extra
     return chosen
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
 
 
 def _publish(temporary: Path, folder: Path, adds: bool) -> None:

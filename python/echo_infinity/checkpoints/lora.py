@@ -17,8 +17,8 @@ def merge_lora(base: Entries, lora: Entries, *, alpha: float | None = None, sour
 
     Args:
         base: official names without ``model.``.
-        lora: such names with ``lora_A.weight`` ``(rank, in)`` and ``lora_B.weight`` ``(out, rank)`` in the place of
-            ``weight``; an adapter's name may stand in between.
+        lora: official names too, with ``lora_A.weight`` ``(rank, in)`` and ``lora_B.weight`` ``(out, rank)`` in the
+            place of ``weight``; an adapter's name may stand in between.
         alpha: numerator of the scale; default the rank, which makes the scale 1.
         source: for messages.
 
@@ -30,7 +30,7 @@ def merge_lora(base: Entries, lora: Entries, *, alpha: float | None = None, sour
     halves: dict[str, dict[str, Entry]] = {}
     problems: list[str] = []
     for name, entry in lora.items():
-        stem, half = _split(name.removeprefix("base_model.model.").removeprefix("model."))
+        stem, half = _split(name)
         if not half:
             problems.append(f"unexpected {name}")
         elif half in halves.setdefault(stem, {}):

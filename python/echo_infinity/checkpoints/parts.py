@@ -12,7 +12,7 @@ import torch
 
 from echo_infinity.checkpoints.entries import Entries, check_entries, open_weights
 from echo_infinity.checkpoints.names import rename, umt5, wan_vae
-from echo_infinity.checkpoints.shards import SHARD_BYTES, write_shards
+from echo_infinity.checkpoints.shards import Progress, write_shards
 from echo_infinity.extras import library
 from echo_infinity.taehv import decoder_only, tiny_shapes
 from echo_infinity.umt5 import TOKENIZER_FILES
@@ -21,7 +21,9 @@ _TIED = "encoder.embed_tokens.weight"
 _VAE_STEM = "diffusion_pytorch_model"
 
 
-def write_text(source: Path, tokenizer: Path | None, folder: Path, dtype: torch.dtype) -> None:
+def write_text(
+    source: Path, tokenizer: Path | None, folder: Path, dtype: torch.dtype, progress: Progress | None = None
+) -> None:
     """Write a UMT5 encoder and its tokenizer as a folder that transformers opens.
 
     Args:
@@ -29,6 +31,7 @@ def write_text(source: Path, tokenizer: Path | None, folder: Path, dtype: torch.
         tokenizer: its tokenizer's folder; default the source's, or ``tokenizer`` or ``google/umt5-xxl`` beside it.
         folder: to be made.
         dtype: of the weights as written.
+        progress: as :func:`write_shards` takes it.
 
     Raises:
         ValueError: a file is refused, the tokenizer is not found, or tensors are missing, unexpected or misshapen.
@@ -51,17 +54,18 @@ def write_text(source: Path, tokenizer: Path | None, folder: Path, dtype: torch.
     folder.mkdir()
     for path in found:
         shutil.copyfile(path, folder / path.name)
-    write_shards(folder, "model", {name: entries[name].to(dtype) for name in expected}, shard_bytes=SHARD_BYTES)
+    write_shards(folder, "model", {name: entries[name].to(dtype) for name in expected}, progress=progress)
     settings |= {"architectures": ["UMT5EncoderModel"], "dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def write_decoder(source: Path, folder: Path) -> None:
+def write_decoder(source: Path, folder: Path, progress: Progress | None = None) -> None:
     """Write a Wan VAE as a folder that diffusers opens.
 
     Args:
         source: the original ``.pth`` of Wan 2.1, a folder of ``AutoencoderKLWan``, or a diffusers folder with ``vae``.
         folder: to be made.
+        progress: as :func:`write_shards` takes it.
 
     Raises:
         ValueError: a file is refused, or tensors are missing, unexpected or misshapen.
@@ -80,7 +84,8 @@ def write_decoder(source: Path, folder: Path) -> None:
     expected = {name: tuple(x.shape) for name, x in vae.state_dict().items()}
     check_entries(entries, expected, str(source))
     folder.mkdir()
-    write_shards(folder, _VAE_STEM, {name: entries[name].to(torch.float32) for name in expected})
+    own = {name: entries[name].to(torch.float32) for name in expected}
+    write_shards(folder, _VAE_STEM, own, progress=progress)
     (folder / "config.json").write_text(json.dumps({**vae.config, "_class_name": "AutoencoderKLWan"}, indent=2) + "\n")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +16,16 @@ SHARD_BYTES = 2 << 30
 _NAMES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()}
 
 
+class Progress:
+    """Hears what is written; this one does nothing with it."""
+
+    def expect(self, nbytes: int) -> None:
+        """So many more bytes will be written."""
+
+    def done(self, nbytes: int) -> None:
+        """So many were."""
+
+
 def write_shards(
     folder: Path,
     stem: str,
@@ -23,7 +33,7 @@ def write_shards(
     *,
     shard_bytes: int = SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
-    on_tensor: Callable[[int], None] = lambda nbytes: None,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Write ``stem.safetensors``, or shards and ``stem.safetensors.index.json`` where one file would be too large.
 
@@ -33,7 +43,7 @@ def write_shards(
         entries: what to write, in this order; read one at a time.
         shard_bytes: most bytes of a file, unless one tensor alone is larger.
         metadata: for each file's header.
-        on_tensor: called with the bytes of each tensor written.
+        progress: told the bytes to come, then those of each tensor written.
 
     Returns:
         The files.
@@ -41,6 +51,8 @@ def write_shards(
     Raises:
         ValueError: a tensor is not what its entry said, or holds NaN or Inf.
     """
+    progress = progress or Progress()
+    progress.expect(sum(_nbytes(x) for x in entries.values()))
     shards: list[list[str]] = [[]]
     size = 0
     for name, entry in entries.items():
@@ -54,7 +66,7 @@ def write_shards(
     else:
         names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, keys in zip(names, shards, strict=True):
-        _write_file(folder / name, {key: entries[key] for key in keys}, metadata or {}, on_tensor)
+        _write_file(folder / name, {key: entries[key] for key in keys}, metadata or {}, progress)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(_nbytes(x) for x in entries.values())},
@@ -65,7 +77,7 @@ def write_shards(
     return [folder / name for name in names]
 
 
-def _write_file(path: Path, entries: Entries, metadata: Mapping[str, str], on_tensor: Callable[[int], None]) -> None:
+def _write_file(path: Path, entries: Entries, metadata: Mapping[str, str], progress: Progress) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for name, entry in entries.items():
@@ -84,7 +96,7 @@ def _write_file(path: Path, entries: Entries, metadata: Mapping[str, str], on_te
                 raise ValueError(f"{entry.where} holds NaN or Inf")
             file.write(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             del x
-            on_tensor(_nbytes(entry))
+            progress.done(_nbytes(entry))
         file.flush()
         os.fsync(file.fileno())
 

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from echo_infinity.checkpoints.convert import Settings, Sources, convert
+from echo_infinity.checkpoints.shards import Progress
 from echo_infinity.config import EchoConfig, preset
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -62,12 +63,32 @@ def run(args: argparse.Namespace) -> int:
         shard_bytes=int(args.shard_size * 1e9),
         overwrite=args.overwrite,
     )
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1000, disable=None) as bar:
-        notes = convert(sources, args.output, config, settings, on_tensor=bar.update, on_total=bar.reset)
+    with _Bar() as bar:
+        notes = convert(sources, args.output, config, settings, progress=bar)
     for note in notes:
         tqdm.write(note)
     tqdm.write(f"{args.output}: {sum(p.stat().st_size for p in args.output.rglob('*') if p.is_file()) / 1e9:.2f} GB")
     return 0
+
+
+class _Bar(Progress):
+    """A terminal's progress bar; nothing where the output is a file."""
+
+    def __enter__(self) -> _Bar:
+        self._bar = tqdm(total=0, unit="B", unit_scale=True, unit_divisor=1000, disable=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def expect(self, nbytes: int) -> None:
+        """More to write."""
+        self._bar.total = (self._bar.total or 0) + nbytes
+        self._bar.refresh()
+
+    def done(self, nbytes: int) -> None:
+        """Written."""
+        self._bar.update(nbytes)
 
 
 def _config(args: argparse.Namespace) -> EchoConfig:

@@ -1,0 +1,39 @@
+"""Decoding beside the next block: nothing to order on the CPU, the same pixels on a GPU."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from echo_infinity.lane import Lane
+from echo_infinity.pipeline import EchoPipeline
+from numerics import assert_same_bits
+from small import CIRCLE, save_small
+
+
+def recorded(stream, blocks):
+    """A block's decoding in a thread while the next one is generated, as a recording does it."""
+    frames, job = [], None
+    with ThreadPoolExecutor(1) as worker:
+        for _ in range(blocks):
+            latents = stream.next_latents()
+            if job is not None:
+                frames.append(job.result())
+            job = worker.submit(stream.decode, latents)
+        return [*frames, job.result()]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_pixels_are_those_of_decoding_in_turn(tmp_path, device):
+    pipe = EchoPipeline.from_pretrained(save_small(tmp_path / "model"), device=device)
+    in_turn = pipe.stream(CIRCLE)
+    expected = [next(in_turn) for _ in range(12)]
+    assert_same_bits(recorded(pipe.stream(CIRCLE), 12), expected)
+
+
+def test_the_cpu_has_one_lane():
+    lane, x = Lane(torch.device("cpu")), torch.zeros(2)
+    lane.made()
+    with lane.use(x):
+        x += 1
+    assert not lane._events
+    assert x.eq(1).all()
