@@ -23,7 +23,7 @@ from echo_infinity.weights import Checkpoint, load_checkpoint
 from echo_infinity.worlds import World, block_start
 from echo_infinity.worlds.grammar import NamedObject, parse
 
-_SETTLE = 4.0  # seconds by which the objects have come in
+_SETTLE = 5.0  # seconds by which the objects have come in
 
 
 @dataclass(frozen=True)
