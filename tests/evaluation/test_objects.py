@@ -34,7 +34,7 @@ def test_objects_in_full_sight_are_found_with_colour_shape_and_place():
 
 def test_an_empty_scene_has_no_objects():
     for seed in SEEDS:
-        frame = World.from_seed(seed, "open").render(0, 1)[0]  # nothing shows in the sink frames
+        frame = World.from_seed(seed, "path").render(0, 1)[0]  # nothing shows in the sink frames
         assert find_objects(frame) == []
 
 

@@ -18,6 +18,7 @@ from echo_infinity.worlds.render import object_coverage
 
 MIN_PIXELS = 40  # half of the smallest shape
 _COLOUR_DISTANCE = 80.0  # from an object's colour: generated edges are softer than drawn ones
+_LEAST_FIT = 0.25  # a soft edge may have another object's colour, but it is a ring
 _RADII = np.arange(5.0, 12.5, 0.5)
 _BLUR = 1.5  # pixels; less than the bundled codec blurs, but more takes small sharp shapes for circles
 
@@ -55,7 +56,7 @@ def find_objects(frame: Tensor, min_pixels: int = MIN_PIXELS) -> list[Found]:
             continue
         large = [patch for patch in patches(index == number) if patch.sum() >= min_pixels]
         found += [_describe(COLOUR_NAMES[number], patch) for patch in large]
-    return sorted(found, key=lambda x: -x.pixels)
+    return sorted((x for x in found if x.fit >= _LEAST_FIT), key=lambda x: -x.pixels)
 
 
 def patches(mask: Tensor) -> list[Tensor]:

@@ -73,7 +73,8 @@ EVEN = ClipMix(
     unnamed=0.5,
     absence=((2, 0.15), (3, 0.2), (4, 0.2), (5, 0.15), (6, 0.1), (8, 0.1), (12, 0.1)),
 )
-MIXES = {"short": SHORT_ABSENCE, "long": LONG_ABSENCE, "even": EVEN}
+NAMED = ClipMix(curtain=0.0, random_curtain=0.0, path=0.0, open=1.0, unnamed=0.1)
+MIXES = {"short": SHORT_ABSENCE, "long": LONG_ABSENCE, "even": EVEN, "named": NAMED}
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 from .curtain import Schedule, time_open
 
 SIZE = 64  # pixels, both ways
-SINK_FRAMES = 9  # pixel frames of the sink (3 latent frames), which show no objects
-ENTRY_SPEED = 1.0  # pixels a frame at which objects that stay come in: most of one shows within a block
+SINK_FRAMES = 9  # pixel frames of the sink (3 latent frames), which show no objects that will leave
+ENTRY_SPEED = 1.0  # pixels a frame at which objects that stay come in, if late: most of one shows within a block
 HIDDEN_FRAMES = 60  # how long a path keeps an object out of sight; the local window is 36 pixel frames
 
 

@@ -12,7 +12,7 @@ import torch
 from .colours import COLOUR_NAMES, LOOKS
 from .curtain import BlockSchedule, RandomSchedule, Schedule, closedness, time_to_open
 from .grammar import KINDS, MAX_OBJECTS, SHAPES, SIZES, SPEEDS, Description, NamedObject, compose, parse
-from .motion import SINK_FRAMES, SIZE, ObjectSpec, centres
+from .motion import ENTRY_SPEED, SINK_FRAMES, SIZE, ObjectSpec, centres
 from .render import background, curtain_edges, draw_curtain, object_coverage
 
 FPS = 16
@@ -22,7 +22,7 @@ _SPEEDS = {  # pixels a frame
     "open": {"slowly": (0.10, 0.15), None: (0.20, 0.30), "quickly": (0.40, 0.55)},
     "path": {"slowly": (0.80, 1.00), None: (1.15, 1.45), "quickly": (1.65, 2.00)},
 }
-_SOON = 0.6  # share of objects that come in within 18 frames of the sink
+_LATE = 0.4  # share of objects that come in later, where others stay in sight all along
 _NUMBER_ODDS = (0.5, 0.32, 0.18)  # of 1, 2, 3 objects where the prompt leaves it open
 
 
@@ -239,7 +239,10 @@ def _place(
     else:
         angle = float(rng.uniform(-0.35, 0.35) if description.kind == "open" else rng.uniform(0, 2 * np.pi))
         velocity = (sign * speed * float(np.cos(angle)), speed * float(np.sin(angle)))
-    # Some of those that stay come late, so that a model learns that the named may still come into an empty scene.
-    late = description.kind == "open" and rng.random() >= _SOON
-    delay = SINK_FRAMES + 1 + float(rng.uniform(*((18, 90) if late else (0, 18))))
+    delay = SINK_FRAMES + 1 + float(rng.uniform(0, 18))
+    if description.kind == "open":
+        if others and rng.random() < _LATE:
+            delay = SINK_FRAMES + 1 + float(rng.uniform(0, 48))
+        else:  # in long before the video begins, and since then anywhere on its way
+            delay = -(low + radius) / ENTRY_SPEED - float(rng.uniform(0, 2)) * (high - low) / abs(velocity[0])
     return ObjectSpec(colour, shape, size, radius, (float(place[0]), float(place[1])), velocity, delay)
