@@ -29,10 +29,13 @@ def runs(folders, tmp_path_factory):
         stderr=subprocess.STDOUT,
         text=True,
     ) as two:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("echo_infinity.training.loop.plot_lines", lambda *args, **rest: None)
-            run_stages(folders, alone, Ranks())
-        output, _ = two.communicate(timeout=240)
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("echo_infinity.training.loop.plot_lines", lambda *args, **rest: None)
+                run_stages(folders, alone, Ranks())
+            output, _ = two.communicate(timeout=240)
+        finally:
+            two.terminate()  # or leaving would wait for processes that wait for each other; one that ended ignores it
     assert two.returncode == 0, output[-4000:]
     return alone, together
 
