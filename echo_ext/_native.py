@@ -40,17 +40,41 @@ def _probe() -> str:
     return _C.driver_error()  # such as a driver older than the toolkit, or a chip no kernel was built for
 
 
+def cpu_isa(dtype: torch.dtype) -> tuple[str | None, str]:
+    """Return the instruction set that CPU kernels run with in ``dtype``, or None and the reason why they can't."""
+    return _cpu_isa(dtype)
+
+
+cpu_isa._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _cpu_isa(dtype: torch.dtype) -> tuple[str | None, str]:
+    if _C is None:
+        return None, _NOT_BUILT
+    if not hasattr(_C, "stream_attention_cpu"):
+        return None, "this build has no CPU kernels"
+    if dtype not in DTYPE_CODE:
+        return None, f"dtype {dtype} is not built"
+    return _C.stream_attention_cpu_isa(DTYPE_CODE[dtype])
+
+
 def build_info() -> dict[str, object]:
     """Say what was built and what this machine can run; safe to call anywhere.
 
     Returns:
         ``cuda`` toolkit version or None, ``archs`` the kernels were built for, ``devices`` one line a CUDA device,
-        ``why_no_kernels`` the reason the reference is used everywhere, "" where kernels run.
+        ``why_no_kernels`` the reason no CUDA kernel runs, "" where they do; ``cpu`` by dtype the instruction set that
+        attention on the CPU runs with, or "PyTorch" and the reason.
     """
     cuda, archs = (_C.cuda_version, _C.cuda_archs) if _C else (None, "")
     reason = why_no_kernels()
     devices = _C.device_info() if _C and not reason else ()
-    return {"cuda": cuda, "archs": archs, "devices": devices, "why_no_kernels": reason}
+    cpu = {}
+    for dtype in DTYPE_CODE:
+        isa, why_not = cpu_isa(dtype)
+        cpu[str(dtype).removeprefix("torch.")] = isa or f"PyTorch: {why_not}"
+    return {"cuda": cuda, "archs": archs, "devices": devices, "why_no_kernels": reason, "cpu": cpu}
 
 
 def module() -> ModuleType:

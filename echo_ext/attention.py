@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from echo_ext import _cpu
 from echo_ext._dispatch import Backend, use_reference, why_not_kernel
 from echo_ext.rope import axis_pairs, expand_shift, frame_table, rotate_pairs
 
@@ -43,7 +44,8 @@ def stream_attention(
         shift: ``(B or 1, n_t, 2)`` float32 cos and sin of (relative - absolute id), see :func:`frame_shift`;
             None where the two agree.
         scale: score scale; default ``d ** -0.5``.
-        backend: ``"kernel"`` raises where the CUDA kernel can't run; ``"auto"`` falls back.
+        backend: ``"kernel"`` raises where the CUDA kernel can't run; ``"auto"`` falls back to the CPU kernel, where no
+            gradient is wanted, and to PyTorch; ``"reference"`` is PyTorch.
 
     Returns:
         ``(B, Tq, H, d)`` in ``q.dtype``. Softmax in float32. Differentiable.
@@ -59,6 +61,10 @@ def stream_attention(
     tensors = [x for pair in (sink, memory, ring) for x in (pair or (None, None))]
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *tensors))
     if use_reference("stream_attention", backend, _why_not_kernel(q)):
+        if not wants_grad and backend == "auto" and _cpu.why_not_attention(q, shift, scale) is None:
+            if torch.compiler.is_compiling():
+                return torch.ops.echo_ext.stream_attention(q, shift, *tensors, scale)[0]
+            return _cpu.attention(q, shift, sink, memory, ring, scale)[0]
         run = stream_attention_ref if wants_grad else _merge_tiers
         sink_k, sink_v, memory_k, memory_v, ring_k, ring_v = tensors
         return run(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)[0]
@@ -220,6 +226,14 @@ def _impl(*args: Any) -> tuple[Tensor, Tensor]:
     return out.contiguous(), lses.float().logsumexp(dim=0)
 
 
-_LIB.impl("stream_attention", _impl, "CPU")
+def _on_cpu(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale):
+    if _cpu.why_not_attention(q, shift, scale):
+        return _impl(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)
+    pairs = ((sink_k, sink_v), (memory_k, memory_v), (ring_k, ring_v))
+    tiers = [None if k is None or v is None else (k, v) for k, v in pairs]
+    return _cpu.attention(q, shift, *tiers, scale, want_lse=True)
+
+
+_LIB.impl("stream_attention", _on_cpu, "CPU")
 _LIB.impl("stream_attention", _impl, "CUDA")
 torch.library.register_fake("echo_ext::stream_attention", _fake, lib=_LIB)

@@ -1,0 +1,48 @@
+// AVX-512 without bfloat16 products: float32 operands; bfloat16 tensors are widened as they are packed.
+#include "attention/cpu/avx512.h"
+
+namespace echo {
+namespace {
+struct Float : Avx512 {
+  using Operand = float;
+  static constexpr int kPair = 1, kTile = 64;
+
+  static ECHO_INLINE Vec load_operands(const float* x) { return _mm512_load_ps(x); }
+  static ECHO_INLINE void store_operands(float* to, Vec x) { _mm512_store_ps(to, x); }
+  static ECHO_INLINE Vec broadcast(const float* x) { return _mm512_set1_ps(*x); }
+  static ECHO_INLINE Vec multiply(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static ECHO_INLINE Vec load_row(const float* x, int64_t n) { return _mm512_maskz_loadu_ps(lanes(n), x); }
+  static ECHO_INLINE Vec load_row(const uint16_t* x, int64_t n) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(n), x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+
+  template <class T>
+  static ECHO_INLINE void pack_values(float* to, const T* x, const T*, int64_t d) {
+    for (int64_t i = 0; i < d; i += kLanes) store(to + i, load_row(x + i, kLanes));
+  }
+
+  static ECHO_INLINE Vec exp2(Vec x) {  // relative error 7.5e-8 before rounding
+    constexpr float c[] = {0.99999994f, 0.69315308f, 0.24015361f, 0.055826318f, 0.0089893397f, 0.0018775767f};
+    return exp2_by(c, x);
+  }
+
+  template <int N>
+  static ECHO_INLINE Vec store_weights(float* to, const Vec (&x)[N], Vec sum) {
+    ECHO_UNROLL for (int j = 0; j < N; ++j) {
+      store(to + j * kLanes, x[j]);
+      sum = _mm512_add_ps(sum, x[j]);
+    }
+    return sum;
+  }
+};
+}  // namespace
+
+int64_t flash_avx512_f32(const StreamAttentionCpuParams& params, const AttentionTask& task, char* scratch) {
+  return flash<Float, float>(params, task, scratch);
+}
+
+int64_t flash_avx512_bf16(const StreamAttentionCpuParams& params, const AttentionTask& task, char* scratch) {
+  return flash<Float, uint16_t>(params, task, scratch);
+}
+}  // namespace echo
