@@ -10,6 +10,9 @@
 #include "common/check.h"
 #include "common/device_info.h"
 #include "common/tensor_view.h"
+#ifdef ECHO_EXT_CPU_KERNELS
+#include "ring/cpu/ring_append_cpu.h"
+#endif
 
 namespace py = pybind11;
 
@@ -46,24 +49,50 @@ py::tuple device_lines() {
 }
 
 #ifdef ECHO_EXT_CPU_KERNELS
-TensorView row_view(const char* name, const py::tuple& t, const TensorView& like, int64_t tokens) {
+using OptionalTuple = std::optional<py::tuple>;
+using OptionalPair = std::optional<std::pair<py::tuple, py::tuple>>;
+
+// A (B, tokens, H, d) tensor that goes with `q`.
+TensorView heads_view(const char* name, const py::tuple& t, const TensorView& q, int64_t tokens) {
   const TensorView v = view(name, t);
-  ECHO_CHECK(v.dtype == like.dtype && v.ndim == 4 && v.size[0] == like.size[0] && v.size[1] == tokens &&
-                 v.size[2] == like.size[2] && v.size[3] == like.size[3] && v.stride[3] == 1,
-             name, " is ", describe(v), ", which doesn't go with ", describe(like), " and ", tokens,
-             " tokens");
+  ECHO_CHECK(v.dtype == q.dtype && v.ndim == 4 && v.size[0] == q.size[0] && v.size[1] == tokens &&
+                 v.size[2] == q.size[2] && v.size[3] == q.size[3] && v.stride[3] == 1,
+             name, " is ", describe(v), ", which doesn't go with ", describe(q), " and ", tokens, " tokens");
   return v;
 }
 
-AttentionTier tier(const char* name, const std::optional<std::pair<py::tuple, py::tuple>>& pair,
-                   const TensorView& q) {
+TensorView query_view(const py::tuple& t) {
+  const TensorView q = view("q", t);
+  ECHO_CHECK(q.ndim == 4 && q.stride[3] == 1 && (q.dtype == DType::kF32 || q.dtype == DType::kBF16),
+             "q must be float32 or bfloat16 of 4 dims, the last one contiguous, got ", describe(q));
+  ECHO_CHECK(q.size[3] > 0 && q.size[3] % kCpuHeadDimStep == 0 && q.size[3] <= kCpuMaxHeadDim,
+             "head dim must be a multiple of ", kCpuHeadDimStep, " up to ", kCpuMaxHeadDim, ", got ",
+             q.size[3]);
+  return q;
+}
+
+// A dense tensor of the given shape, 0 for any size.
+TensorView dense_view(const char* name, const py::tuple& t, DType dtype,
+                      std::initializer_list<int64_t> shape) {
+  const TensorView v = view(name, t);
+  bool fits = v.dtype == dtype && v.ndim == int(shape.size());
+  int64_t step = 1;
+  for (int i = v.ndim - 1; fits && i >= 0; --i) {
+    const int64_t size = shape.begin()[i];
+    fits = (size == 0 || v.size[i] == size) && (v.size[i] <= 1 || v.stride[i] == step);
+    step *= v.size[i];
+  }
+  ECHO_CHECK(fits, name, " has the wrong dtype or shape, or is not dense: ", describe(v));
+  return v;
+}
+
+AttentionTier tier(const char* name, const OptionalPair& pair, const TensorView& q) {
   AttentionTier t;
   if (!pair) return t;
-  const TensorView k = view(name, pair->first);
-  ECHO_CHECK(k.ndim == 4, name, " keys must have 4 dims, got ", k.ndim);
-  t.tokens = k.size[1];
-  row_view(name, pair->first, q, t.tokens);
-  const TensorView v = row_view(name, pair->second, q, t.tokens);
+  const TensorView v = view(name, pair->second);
+  t.tokens = v.ndim == 4 ? v.size[1] : 0;
+  const TensorView k = heads_view(name, pair->first, q, t.tokens);
+  heads_view(name, pair->second, q, t.tokens);
   t.k = k.ptr;
   t.v = v.ptr;
   t.k_batch = k.stride[0];
@@ -75,16 +104,10 @@ AttentionTier tier(const char* name, const std::optional<std::pair<py::tuple, py
   return t;
 }
 
-using OptionalPair = std::optional<std::pair<py::tuple, py::tuple>>;
-
-void attend_on_cpu(const py::tuple& q_view, const std::optional<py::tuple>& shift_view,
-                   const OptionalPair& sink, const OptionalPair& memory, const OptionalPair& ring,
-                   const py::tuple& out_view, const std::optional<py::tuple>& lse_view, double scale,
-                   int threads) {
-  const TensorView q = view("q", q_view);
-  ECHO_CHECK(q.ndim == 4 && q.stride[3] == 1, "q must have 4 dims, the last one contiguous, got ",
-             describe(q));
-  const TensorView out = row_view("out", out_view, q, q.size[1]);
+void attend_on_cpu(const py::tuple& q_view, const OptionalTuple& shift_view, const OptionalPair& sink,
+                   const OptionalPair& memory, const OptionalPair& ring, const py::tuple& out_view,
+                   const OptionalTuple& lse_view, double scale, int threads, const std::string& isa) {
+  const TensorView q = query_view(q_view), out = heads_view("out", out_view, q, q.size[1]);
   StreamAttentionCpuParams p;
   p.q = q.ptr;
   p.out = out.ptr;
@@ -93,50 +116,98 @@ void attend_on_cpu(const py::tuple& q_view, const std::optional<py::tuple>& shif
   p.tokens = q.size[1];
   p.heads = q.size[2];
   p.head_dim = q.size[3];
-  ECHO_CHECK(
-      p.head_dim >= kCpuHeadDimStep && p.head_dim % kCpuHeadDimStep == 0 && p.head_dim <= kCpuMaxHeadDim,
-      "head dim must be a multiple of ", kCpuHeadDimStep, " up to ", kCpuMaxHeadDim, ", got ", p.head_dim);
-  ECHO_CHECK(scale > 0, "scale must be above 0, got ", scale);
-  p.scale = float(scale);
   p.q_batch = q.stride[0];
   p.q_token = q.stride[1];
   p.q_head = q.stride[2];
   p.out_batch = out.stride[0];
   p.out_token = out.stride[1];
   p.out_head = out.stride[2];
+  ECHO_CHECK(scale > 0, "scale must be above 0, got ", scale);
+  p.scale = float(scale);
   p.sink = tier("sink", sink, q);
   p.memory = tier("memory", memory, q);
   p.ring = tier("ring", ring, q);
   ECHO_CHECK(p.sink.tokens + p.memory.tokens + p.ring.tokens > 0, "no tier holds a key");
   if (shift_view) {
-    const TensorView shift = view("shift", *shift_view);
-    ECHO_CHECK(shift.dtype == DType::kF32 && shift.ndim == 3 &&
-                   (shift.size[0] == 1 || shift.size[0] == p.batch) && 2 * shift.size[1] <= p.head_dim &&
-                   shift.size[2] == 2 && shift.stride[2] == 1 && shift.stride[1] == 2,
-               "shift must be float32 (1 or ", p.batch, ", pairs, 2), dense but for the first dim, got ",
-               describe(shift));
+    const TensorView shift = dense_view("shift", *shift_view, DType::kF32, {0, 0, 2});
+    ECHO_CHECK((shift.size[0] == 1 || shift.size[0] == p.batch) && 2 * shift.size[1] <= p.head_dim,
+               "shift must be (1 or ", p.batch, ", pairs, 2), got ", describe(shift));
     p.shift = static_cast<const float*>(shift.ptr);
     p.shift_pairs = shift.size[1];
     p.shift_batch = shift.size[0] == 1 ? 0 : shift.stride[0];
   }
   if (lse_view) {
-    const TensorView lse = view("lse", *lse_view);
-    ECHO_CHECK(lse.dtype == DType::kF32 && lse.ndim == 3 && lse.size[0] == p.batch &&
-                   lse.size[1] == p.heads && lse.size[2] == p.tokens && lse.stride[2] == 1 &&
-                   lse.stride[1] == p.tokens && lse.stride[0] == p.heads * p.tokens,
-               "lse must be dense float32 (", p.batch, ", ", p.heads, ", ", p.tokens, "), got ",
-               describe(lse));
-    p.lse = static_cast<float*>(lse.ptr);
+    p.lse = static_cast<float*>(dense_view("lse", *lse_view, DType::kF32, {p.batch, p.heads, p.tokens}).ptr);
   }
+  const Isa limit = isa_named(isa);
   py::gil_scoped_release release;
-  stream_attention_cpu(p, threads);
+  stream_attention_cpu(p, limit, threads);
 }
 
-std::pair<std::optional<std::string>, std::string> cpu_isa(int32_t dtype) {
-  const char* why_not = nullptr;
-  const char* isa = stream_attention_cpu_isa(static_cast<DType>(dtype), why_not);
-  if (!isa) return {std::nullopt, why_not};
-  return {isa, ""};
+HeadRows rows_of(const TensorView& v) { return {v.ptr, v.stride[0], v.stride[1], v.stride[2]}; }
+
+void append_on_cpu(const py::tuple& q_view, const py::tuple& k_view, const py::tuple& v_view,
+                   const OptionalTuple& q_weight, const OptionalTuple& k_weight, const py::tuple& frame_table,
+                   const OptionalTuple& key_frame_table, const py::tuple& grid_table,
+                   const std::vector<std::vector<int64_t>>& slots, const py::tuple& ring_k,
+                   const py::tuple& ring_v, const OptionalTuple& ring_raw, double eps,
+                   const py::tuple& out_view, int threads, const std::string& isa) {
+  const TensorView q = query_view(q_view);
+  const int64_t batch = q.size[0], tokens = q.size[1], width = q.size[2] * q.size[3];
+  const TensorView grid = dense_view("grid_table", grid_table, DType::kF32, {0, 0, 2});
+  ECHO_CHECK(grid.size[0] > 0 && tokens % grid.size[0] == 0, "q has ", tokens,
+             " tokens, no whole number of frames of ", grid.size[0]);
+  const int64_t frames = tokens / grid.size[0], frame_pairs = q.size[3] / 2 - grid.size[1];
+  ECHO_CHECK(frame_pairs >= 0, "grid_table has more than d / 2 pairs: ", describe(grid));
+  const auto table = [&](const char* name, const py::tuple& t, int64_t& step) {
+    const TensorView v = dense_view(name, t, DType::kF32, {0, frames, frame_pairs, 2});
+    ECHO_CHECK(v.size[0] == 1 || v.size[0] == batch, name, " has ", v.size[0], " rows for a batch of ",
+               batch);
+    step = v.size[0] == 1 ? 0 : frames * frame_pairs * 2;
+    return static_cast<const float*>(v.ptr);
+  };
+  const TensorView ring = view("ring_k", ring_k);
+  ECHO_CHECK(ring.ndim == 4 && ring.size[1] % grid.size[0] == 0, "ring_k is ", describe(ring),
+             ", its frames have ", grid.size[0], " tokens");
+  const int64_t slot_count = ring.size[1] / grid.size[0];
+  std::vector<int64_t> flat;
+  for (const std::vector<int64_t>& row : slots) {
+    ECHO_CHECK(int64_t(row.size()) == frames, "slots has ", row.size(), " frames, q ", frames);
+    for (const int64_t slot : row) {
+      ECHO_CHECK(slot >= 0 && slot < slot_count, "slot ", slot, " is outside a ring of ", slot_count,
+                 " slots");
+      flat.push_back(slot);
+    }
+  }
+  ECHO_CHECK(slots.size() == 1 || int64_t(slots.size()) == batch, "slots has ", slots.size(),
+             " rows for a batch of ", batch);
+  RingAppendCpuParams p;
+  p.q = rows_of(q);
+  p.k = rows_of(heads_view("k", k_view, q, tokens));
+  p.v = rows_of(heads_view("v", v_view, q, tokens));
+  p.out = rows_of(heads_view("out", out_view, q, tokens));
+  p.ring_k = rows_of(heads_view("ring_k", ring_k, q, ring.size[1]));
+  p.ring_v = rows_of(heads_view("ring_v", ring_v, q, ring.size[1]));
+  if (ring_raw) p.ring_raw = rows_of(heads_view("ring_raw", *ring_raw, q, ring.size[1]));
+  if (q_weight) p.q_weight = dense_view("q_weight", *q_weight, q.dtype, {width}).ptr;
+  if (k_weight) p.k_weight = dense_view("k_weight", *k_weight, q.dtype, {width}).ptr;
+  p.grid_table = static_cast<const float*>(grid.ptr);
+  p.frame_table = p.key_frame_table = table("frame_table", frame_table, p.table_batch);
+  p.key_table_batch = p.table_batch;
+  if (key_frame_table) p.key_frame_table = table("key_frame_table", *key_frame_table, p.key_table_batch);
+  p.slots = flat.data();
+  p.slots_batch = slots.size() == 1 ? 0 : frames;
+  p.dtype = q.dtype;
+  p.batch = batch;
+  p.frames = frames;
+  p.frame_tokens = grid.size[0];
+  p.heads = q.size[2];
+  p.head_dim = q.size[3];
+  p.frame_pairs = frame_pairs;
+  p.eps = float(eps);
+  const Isa limit = isa_named(isa);
+  py::gil_scoped_release release;
+  ring_append_cpu(p, limit, threads);
 }
 #endif
 
@@ -158,8 +229,15 @@ PYBIND11_MODULE(_C, m) {
 #ifdef ECHO_EXT_CPU_KERNELS
   m.def("stream_attention_cpu", &attend_on_cpu, py::arg("q"), py::arg("shift"), py::arg("sink"),
         py::arg("memory"), py::arg("ring"), py::arg("out"), py::arg("lse"), py::arg("scale"),
-        py::arg("threads"));
-  m.def("stream_attention_cpu_isa", &cpu_isa, py::arg("dtype"));
+        py::arg("threads"), py::arg("isa") = "");
+  m.def("ring_append_cpu", &append_on_cpu, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_weight"),
+        py::arg("k_weight"), py::arg("frame_table"), py::arg("key_frame_table"), py::arg("grid_table"),
+        py::arg("slots"), py::arg("ring_k"), py::arg("ring_v"), py::arg("ring_raw"), py::arg("eps"),
+        py::arg("out"), py::arg("threads"), py::arg("isa") = "");
+  m.attr("cpu_has_amx_bf16") = has_amx_bf16();
+  m.def(
+      "cpu_isa", [](int32_t dtype) { return name_of(stream_attention_cpu_isa(DType(dtype), best_isa())); },
+      py::arg("dtype"));
 #endif
   m.def("describe", [](const py::tuple& x) { return describe(view("x", x)); }, py::arg("x"));
 }

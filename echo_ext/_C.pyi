@@ -6,6 +6,10 @@ cuda_archs: str
 def driver_error() -> str: ...
 def device_info() -> tuple[str, ...]: ...
 def describe(x: TensorTuple) -> str: ...
+def cpu_isa(dtype: int) -> str: ...
+
+cpu_has_amx_bf16: bool
+
 def stream_attention_cpu(
     q: TensorTuple,
     shift: TensorTuple | None,
@@ -16,5 +20,23 @@ def stream_attention_cpu(
     lse: TensorTuple | None,
     scale: float,
     threads: int,
+    isa: str = "",
 ) -> None: ...
-def stream_attention_cpu_isa(dtype: int) -> tuple[str | None, str]: ...
+def ring_append_cpu(
+    q: TensorTuple,
+    k: TensorTuple,
+    v: TensorTuple,
+    q_weight: TensorTuple | None,
+    k_weight: TensorTuple | None,
+    frame_table: TensorTuple,
+    key_frame_table: TensorTuple | None,
+    grid_table: TensorTuple,
+    slots: list[list[int]],
+    ring_k: TensorTuple,
+    ring_v: TensorTuple,
+    ring_raw: TensorTuple | None,
+    eps: float,
+    out: TensorTuple,
+    threads: int,
+    isa: str = "",
+) -> None: ...

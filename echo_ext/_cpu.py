@@ -1,4 +1,4 @@
-"""The compiled module's kernels for CPUs: whether they can run, and the calls themselves."""
+"""The compiled module's kernels for CPUs: what they can't take, and the calls themselves."""
 
 from __future__ import annotations
 
@@ -13,15 +13,11 @@ _HEAD_DIM_STEP, _MAX_HEAD_DIM = 16, 256
 
 
 def why_not_attention(q: Tensor, shift: Tensor | None, scale: float) -> str | None:
-    """The first reason the CPU kernel can't take checked arguments, or None if it can."""
-    if not q.is_cpu:
-        return f"q is on {q.device}"
-    isa, reason = _native.cpu_isa(q.dtype)
-    if isa is None:
+    """The first reason the kernel can't take checked arguments of `stream_attention`, or None if it can."""
+    if reason := _why_not(q):
         return reason
-    d = q.shape[-1]
-    if d % _HEAD_DIM_STEP or not 0 < d <= _MAX_HEAD_DIM:
-        return f"head dim {d} is no multiple of {_HEAD_DIM_STEP} up to {_MAX_HEAD_DIM}"
+    if q.dtype == torch.bfloat16 and _native.cpu_has_amx():
+        return "this CPU has AMX, which PyTorch's attention uses in bfloat16"
     if not scale > 0:
         return f"scale {scale} is not above 0"
     if shift is not None and shift.dtype != torch.float32:
@@ -38,8 +34,13 @@ def attention(
     scale: float,
     *,
     want_lse: bool = False,
+    isa: str = "",
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the kernel: output ``(B, Tq, H, d)`` and, where wanted, LSE ``(B, H, Tq)``."""
+    """Run the kernel, with at most the instruction set ``isa``.
+
+    Returns:
+        Output ``(B, Tq, H, d)`` and, where wanted, LSE ``(B, H, Tq)`` float32.
+    """
     view = _native.view
     b, t, h, _ = q.shape
     out = q.new_empty(q.shape)
@@ -54,5 +55,88 @@ def attention(
         None if lse is None else view(lse),
         scale,
         torch.get_num_threads(),
+        isa,
     )
     return out, lse
+
+
+def why_not_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    frame_table: Tensor,
+    key_frame_table: Tensor | None,
+    grid_table: Tensor,
+    slots: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    ring_raw: Tensor | None,
+    eps: float,
+) -> str | None:
+    """The first reason the kernel can't take checked arguments of `ring_append`, or None if it can."""
+    if reason := _why_not(q):
+        return reason
+    for x in (q, k, v, ring_k, ring_v, ring_raw):
+        if x is not None and x.stride(3) != 1:
+            return f"a last dim is strided: {x.stride()}"
+    for weight in (q_weight, k_weight):
+        if weight is not None and (weight.dtype != q.dtype or not weight.is_contiguous()):
+            return f"a norm's weight is {weight.dtype} with strides {weight.stride()}, q is {q.dtype}"
+    for table in (frame_table, key_frame_table, grid_table):
+        if table is not None and not (table.dtype == torch.float32 and table.is_contiguous()):
+            return f"a table is {table.dtype} with strides {table.stride()}"
+    return None
+
+
+def append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    frame_table: Tensor,
+    key_frame_table: Tensor | None,
+    grid_table: Tensor,
+    slots: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    ring_raw: Tensor | None,
+    eps: float,
+    *,
+    isa: str = "",
+) -> Tensor:
+    """Run the kernel, with at most the instruction set ``isa``; returns the rotated queries."""
+    view = _native.view
+    out = q.new_empty(q.shape)
+    _native.module().ring_append_cpu(
+        view(q),
+        view(k),
+        view(v),
+        None if q_weight is None else view(q_weight),
+        None if k_weight is None else view(k_weight),
+        view(frame_table),
+        None if key_frame_table is None else view(key_frame_table),
+        view(grid_table),
+        slots.tolist(),
+        view(ring_k),
+        view(ring_v),
+        None if ring_raw is None else view(ring_raw),
+        eps,
+        view(out),
+        torch.get_num_threads(),
+        isa,
+    )
+    return out
+
+
+def _why_not(q: Tensor) -> str | None:
+    if not q.is_cpu:
+        return f"q is on {q.device}"
+    if reason := _native.why_no_cpu_kernels(q.dtype):
+        return reason
+    d = q.shape[3]
+    if d % _HEAD_DIM_STEP or not 0 < d <= _MAX_HEAD_DIM:
+        return f"head dim {d} is no multiple of {_HEAD_DIM_STEP} up to {_MAX_HEAD_DIM}"
+    return None

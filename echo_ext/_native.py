@@ -40,23 +40,31 @@ def _probe() -> str:
     return _C.driver_error()  # such as a driver older than the toolkit, or a chip no kernel was built for
 
 
-def cpu_isa(dtype: torch.dtype) -> tuple[str | None, str]:
-    """Return the instruction set that CPU kernels run with in ``dtype``, or None and the reason why they can't."""
-    return _cpu_isa(dtype)
+def why_no_cpu_kernels(dtype: torch.dtype) -> str:
+    """Return "" if CPU kernels run here in ``dtype``, else the reason."""
+    return _probe_cpu(dtype)
 
 
-cpu_isa._dynamo_marked_constant = True  # type: ignore[attr-defined]
+why_no_cpu_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _cpu_isa(dtype: torch.dtype) -> tuple[str | None, str]:
+def _probe_cpu(dtype: torch.dtype) -> str:
     if _C is None:
-        return None, _NOT_BUILT
-    if not hasattr(_C, "stream_attention_cpu"):
-        return None, "this build has no CPU kernels"
-    if dtype not in DTYPE_CODE:
-        return None, f"dtype {dtype} is not built"
-    return _C.stream_attention_cpu_isa(DTYPE_CODE[dtype])
+        return _NOT_BUILT
+    if not hasattr(_C, "cpu_isa"):
+        return "this build has no CPU kernels"
+    if dtype not in DTYPE_CODE or _C.cpu_isa(DTYPE_CODE[dtype]) == "none":
+        return f"no CPU kernel is built for {dtype} and this CPU"
+    return ""
+
+
+def cpu_has_amx() -> bool:
+    """Whether the CPU has AMX in bfloat16, which PyTorch's attention uses and no kernel here does."""
+    return _C is not None and getattr(_C, "cpu_has_amx_bf16", False)
+
+
+cpu_has_amx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def build_info() -> dict[str, object]:
@@ -65,15 +73,15 @@ def build_info() -> dict[str, object]:
     Returns:
         ``cuda`` toolkit version or None, ``archs`` the kernels were built for, ``devices`` one line a CUDA device,
         ``why_no_kernels`` the reason no CUDA kernel runs, "" where they do; ``cpu`` by dtype the instruction set that
-        attention on the CPU runs with, or "PyTorch" and the reason.
+        CPU kernels run with, or "PyTorch" and the reason.
     """
     cuda, archs = (_C.cuda_version, _C.cuda_archs) if _C else (None, "")
     reason = why_no_kernels()
     devices = _C.device_info() if _C and not reason else ()
     cpu = {}
-    for dtype in DTYPE_CODE:
-        isa, why_not = cpu_isa(dtype)
-        cpu[str(dtype).removeprefix("torch.")] = isa or f"PyTorch: {why_not}"
+    for dtype, code in DTYPE_CODE.items():
+        why_not = why_no_cpu_kernels(dtype)
+        cpu[str(dtype).removeprefix("torch.")] = f"PyTorch: {why_not}" if why_not else module().cpu_isa(code)
     return {"cuda": cuda, "archs": archs, "devices": devices, "why_no_kernels": reason, "cpu": cpu}
 
 

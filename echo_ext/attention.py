@@ -62,9 +62,9 @@ def stream_attention(
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *tensors))
     if use_reference("stream_attention", backend, _why_not_kernel(q)):
         if not wants_grad and backend == "auto" and _cpu.why_not_attention(q, shift, scale) is None:
-            if torch.compiler.is_compiling():
-                return torch.ops.echo_ext.stream_attention(q, shift, *tensors, scale)[0]
-            return _cpu.attention(q, shift, sink, memory, ring, scale)[0]
+            if not torch.compiler.is_compiling():
+                return _cpu.attention(q, shift, sink, memory, ring, scale)[0]
+            return torch.ops.echo_ext.stream_attention(q, shift, *tensors, scale)[0]
         run = stream_attention_ref if wants_grad else _merge_tiers
         sink_k, sink_v, memory_k, memory_v, ring_k, ring_v = tensors
         return run(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)[0]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from echo_ext import _cpu
 from echo_ext._dispatch import Backend, use_reference, why_not_kernel
 from echo_ext.rope import check_tables, expand_tables, rotate_pairs
 
@@ -104,7 +105,8 @@ def ring_append(
         ring_raw: like ``ring_k``, keys before rotation; only the layer whose evicted keys feed the memory needs it.
         key_frame_table: angles for the keys where they differ from the queries' (re-cached sink slots).
         eps: of the norms.
-        backend: ``"kernel"`` raises where the CUDA kernel can't run; ``"auto"`` falls back.
+        backend: ``"kernel"`` raises where the CUDA kernel can't run; ``"auto"`` falls back to the CPU kernel and to
+            PyTorch; ``"reference"`` is PyTorch.
 
     Returns:
         ``(B, F * T_f, H, d)`` rotated queries in ``q.dtype``; norm and rotation in float32.
@@ -135,6 +137,8 @@ def ring_append(
         eps,
     )
     if use_reference("ring_append", backend, _why_not_kernel(q)):
+        if backend == "auto" and _cpu.why_not_append(*args) is None:
+            return torch.ops.echo_ext.ring_append(*args) if torch.compiler.is_compiling() else _cpu.append(*args)
         return ring_append_ref(*args)
     return torch.ops.echo_ext.ring_append(*args)
 
@@ -236,6 +240,10 @@ def _fake(q, k, v, q_weight, k_weight, frame_table, key_frame_table, grid_table,
     return q.new_empty(q.shape)
 
 
-_LIB.impl("ring_append", ring_append_ref, "CPU")
+def _on_cpu(*args: Any) -> Tensor:
+    return ring_append_ref(*args) if _cpu.why_not_append(*args) else _cpu.append(*args)
+
+
+_LIB.impl("ring_append", _on_cpu, "CPU")
 _LIB.impl("ring_append", ring_append_ref, "CUDA")
 torch.library.register_fake("echo_ext::ring_append", _fake, lib=_LIB)

@@ -5,14 +5,8 @@
 // A task walks over tiles of keys. It packs a tile's K and V once, then passes over its rows in blocks of
 // kRows, whose scores stay in registers from the product to the softmax.
 #pragma once
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
 #include "attention/cpu/task.h"
-
-#define ECHO_INLINE inline __attribute__((always_inline))
-#define ECHO_UNROLL _Pragma("GCC unroll 16")
+#include "common/cpu/scalar.h"
 
 namespace echo {
 namespace {
@@ -22,23 +16,6 @@ namespace {
 constexpr float kSlack = 8.0f;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-
-ECHO_INLINE float to_float(float x) { return x; }
-ECHO_INLINE float to_float(uint16_t bf16) {
-  const uint32_t bits = uint32_t(bf16) << 16;
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
-ECHO_INLINE void put(float* to, float x) { *to = x; }
-ECHO_INLINE void put(uint16_t* to, float x) {  // to the nearest bfloat16, ties to even
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  *to = x != x ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-ECHO_INLINE int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
-ECHO_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Hands out pieces of one allocation, each on a cache line of its own.
 struct Carver {
@@ -233,7 +210,7 @@ struct Flash {
       ECHO_UNROLL for (int j = 0; j < N; ++j) b[j] = A::load_operands(key + j * kLanes * kPair);
       ECHO_UNROLL for (int r = 0; r < kRows; ++r) {
         const Vec a = A::broadcast(x + r * kPair);
-        ECHO_UNROLL for (int j = 0; j < N; ++j) s[r][j] = A::multiply(a, b[j], s[r][j]);
+        ECHO_UNROLL for (int j = 0; j < N; ++j) s[r][j] = A::dot(a, b[j], s[r][j]);
       }
       key += N * kLanes * kPair;
       x += kRows * kPair;
@@ -283,9 +260,13 @@ struct Flash {
       const float down = exp2f(-top * unit - tops[row]);
       tops[row] = -top * unit;
       limits[row] = top + kSlack / unit;
-      for (int64_t i = 0; i < d; i += kLanes) A::scale(out + row * d + i, down);
-      A::scale(sums + row * kLanes, down);
+      scale_down(out + row * d, d, down);
+      scale_down(sums + row * kLanes, kLanes, down);
     }
+  }
+
+  static ECHO_INLINE void scale_down(float* x, int64_t n, float by) {
+    for (int64_t i = 0; i < n; i += kLanes) A::store(x + i, A::multiply(A::load(x + i), A::splat(by)));
   }
 
   // Adds the values of keys first .. last - 1 of the tile, by their weights.
@@ -311,7 +292,7 @@ struct Flash {
       ECHO_UNROLL for (int j = 0; j < N; ++j) b[j] = A::load_operands(value + j * kLanes * kPair);
       ECHO_UNROLL for (int r = 0; r < kRows; ++r) {
         const Vec a = A::broadcast(weight + r * kTile);
-        ECHO_UNROLL for (int j = 0; j < N; ++j) o[r][j] = A::multiply(a, b[j], o[r][j]);
+        ECHO_UNROLL for (int j = 0; j < N; ++j) o[r][j] = A::dot(a, b[j], o[r][j]);
       }
       value += d * kPair;
       weight += kPair;
@@ -328,7 +309,7 @@ struct Flash {
       const float sum = A::total(A::load(sums + row * kLanes));
       T* to = base + (task.begin + row) * p.out_token;
       for (int64_t i = 0; i < d; i += kLanes)
-        A::store_row(to + i, A::divide(A::load(out + row * d + i), sum));
+        A::store_wide(to + i, A::divide(A::load(out + row * d + i), sum));
       if (lse) lse[row] = (log2f(sum) - tops[row]) * kLn2;
     }
   }

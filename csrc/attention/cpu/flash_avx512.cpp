@@ -1,25 +1,26 @@
 // AVX-512 without bfloat16 products: float32 operands; bfloat16 tensors are widened as they are packed.
-#include "attention/cpu/avx512.h"
+#include "attention/cpu/flash.h"
+#include "common/cpu/avx512.h"
 
 namespace echo {
 namespace {
 struct Float : Avx512 {
   using Operand = float;
+  static constexpr int kRows = 6, kColumns = 4;  // 24 sums, 4 columns and a broadcast in 32 registers
   static constexpr int kPair = 1, kTile = 64;
 
   static ECHO_INLINE Vec load_operands(const float* x) { return _mm512_load_ps(x); }
   static ECHO_INLINE void store_operands(float* to, Vec x) { _mm512_store_ps(to, x); }
   static ECHO_INLINE Vec broadcast(const float* x) { return _mm512_set1_ps(*x); }
-  static ECHO_INLINE Vec multiply(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-  static ECHO_INLINE Vec load_row(const float* x, int64_t n) { return _mm512_maskz_loadu_ps(lanes(n), x); }
-  static ECHO_INLINE Vec load_row(const uint16_t* x, int64_t n) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(n), x));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  static ECHO_INLINE Vec dot(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  template <class T>
+  static ECHO_INLINE Vec load_row(const T* x, int64_t) {  // d is a multiple of 16, so rows hold whole vectors
+    return load_wide(x);
   }
 
   template <class T>
   static ECHO_INLINE void pack_values(float* to, const T* x, const T*, int64_t d) {
-    for (int64_t i = 0; i < d; i += kLanes) store(to + i, load_row(x + i, kLanes));
+    for (int64_t i = 0; i < d; i += kLanes) store(to + i, load_wide(x + i));
   }
 
   static ECHO_INLINE Vec exp2(Vec x) {  // relative error 7.5e-8 before rounding

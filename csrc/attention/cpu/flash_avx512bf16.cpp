@@ -1,10 +1,12 @@
 // AVX-512 with bfloat16 products: two neighbours of d, or of the keys, to a lane; sums in float32.
-#include "attention/cpu/avx512.h"
+#include "attention/cpu/flash.h"
+#include "common/cpu/avx512.h"
 
 namespace echo {
 namespace {
 struct Bfloat16 : Avx512 {
   using Operand = uint16_t;
+  static constexpr int kRows = 6, kColumns = 4;  // 24 sums, 4 columns and a broadcast in 32 registers
   static constexpr int kPair = 2, kTile = 128;
 
   static ECHO_INLINE Vec load_operands(const uint16_t* x) { return _mm512_load_ps(x); }
@@ -14,11 +16,11 @@ struct Bfloat16 : Avx512 {
     memcpy(&pair, x, 4);
     return _mm512_castsi512_ps(_mm512_set1_epi32(pair));
   }
-  static ECHO_INLINE Vec multiply(Vec a, Vec b, Vec c) {
+  static ECHO_INLINE Vec dot(Vec a, Vec b, Vec c) {
     return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
   }
   static ECHO_INLINE Vec load_row(const uint16_t* x, int64_t n) {
-    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(lanes(n), x));
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(first_lanes(n), x));
   }
 
   static ECHO_INLINE void pack_values(uint16_t* to, const uint16_t* x, const uint16_t* y, int64_t d) {

@@ -2,12 +2,11 @@
 #include "attention/cpu/stream_attention_cpu.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 
 #include "attention/cpu/task.h"
 #include "common/check.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 
 namespace echo {
 namespace {
@@ -16,58 +15,23 @@ constexpr int64_t kLeastRows = 48;   // below, packing the keys costs more than 
 constexpr int64_t kMostRows = 420;   // above, a task's rows no longer fit into the second-level cache
 constexpr double kLeastWork = 16e6;  // floating-point operations that are worth waking another thread for
 
-struct Choice {
-  const char* isa = nullptr;
-  AttentionKernel kernel = nullptr;
-  const char* why_not = nullptr;
-};
-
-// A kernel for AMX would be one more line here.
-Choice choose(DType dtype) {
-  if (dtype != DType::kF32 && dtype != DType::kBF16)
-    return {nullptr, nullptr, "only float32 and bfloat16 are built"};
+// A kernel for AMX would be one more row here, and one more Isa.
+AttentionKernel kernel_of(DType dtype, Isa isa) {
 #ifdef ECHO_EXT_X86_KERNELS
   const bool bf16 = dtype == DType::kBF16;
-  if (bf16 && __builtin_cpu_supports("amx-bf16")) {
-    return {nullptr, nullptr, "this CPU has AMX, which PyTorch's attention uses in bfloat16"};
+  switch (isa) {
+    case Isa::kAvx512Bf16:
+      return bf16 ? flash_avx512bf16_bf16 : flash_avx512_f32;
+    case Isa::kAvx512:
+      return bf16 ? flash_avx512_bf16 : flash_avx512_f32;
+    case Isa::kAvx2:
+      return bf16 ? flash_avx2_bf16 : flash_avx2_f32;
+    case Isa::kNone:
+      break;
   }
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (bf16 && avx512 && __builtin_cpu_supports("avx512bf16"))
-    return {"avx512_bf16", flash_avx512bf16_bf16, nullptr};
-  if (avx512) return {"avx512", bf16 ? flash_avx512_bf16 : flash_avx512_f32, nullptr};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return {"avx2", bf16 ? flash_avx2_bf16 : flash_avx2_f32, nullptr};
-  }
-  return {nullptr, nullptr, "this CPU has no AVX2"};
-#else
-  return {nullptr, nullptr, "this build has no kernels for its CPU"};
 #endif
+  ECHO_CHECK(false, "no attention for CPUs in dtype code ", int(dtype), " and ", name_of(isa));
 }
-
-// Memory that a thread keeps from task to task.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(memory_); }
-
-  char* at_least(int64_t bytes) {
-    if (bytes > size_) {
-      std::free(memory_);
-      size_ = 0;
-      memory_ = static_cast<char*>(std::aligned_alloc(64, size_t(bytes)));
-      if (!memory_) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return memory_;
-  }
-
- private:
-  char* memory_ = nullptr;
-  int64_t size_ = 0;
-};
 
 struct Plan {
   const StreamAttentionCpuParams& params;
@@ -89,15 +53,14 @@ struct Plan {
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 }  // namespace
 
-const char* stream_attention_cpu_isa(DType dtype, const char*& why_not) {
-  const Choice choice = choose(dtype);
-  why_not = choice.why_not;
-  return choice.isa;
+Isa stream_attention_cpu_isa(DType dtype, Isa limit) {
+  if (dtype == DType::kBF16) return limit;
+  if (dtype == DType::kF32) return std::min(limit, Isa::kAvx512);
+  return Isa::kNone;
 }
 
-void stream_attention_cpu(const StreamAttentionCpuParams& params, int threads) {
-  const Choice choice = choose(params.dtype);
-  ECHO_CHECK(choice.kernel, "attention can't run on this CPU: ", choice.why_not);
+void stream_attention_cpu(const StreamAttentionCpuParams& params, Isa limit, int threads) {
+  const AttentionKernel kernel = kernel_of(params.dtype, stream_attention_cpu_isa(params.dtype, limit));
   const int64_t heads = params.batch * params.heads;
   if (heads == 0 || params.tokens == 0) return;
   const double keys = double(params.sink.tokens + params.memory.tokens + params.ring.tokens);
@@ -106,7 +69,7 @@ void stream_attention_cpu(const StreamAttentionCpuParams& params, int threads) {
       threads > 1 ? parts(4 * threads, heads) : 1;  // enough tasks for threads of unequal speed
   const int64_t rows = std::max(parts(params.tokens, wanted), kLeastRows);
   const int64_t runs = parts(params.tokens, std::min(rows, kMostRows));
-  Plan plan{params, choice.kernel, runs, parts(parts(params.tokens, runs), kRowStep) * kRowStep};
+  Plan plan{params, kernel, runs, parts(parts(params.tokens, runs), kRowStep) * kRowStep};
   plan.runs = parts(params.tokens, plan.rows);
   run_tasks(heads * plan.runs, threads, Plan::run, &plan);
 }

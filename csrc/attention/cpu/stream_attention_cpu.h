@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "common/cpu/isa.h"
 #include "common/tensor_view.h"
 
 namespace echo {
@@ -31,10 +32,9 @@ struct StreamAttentionCpuParams {
 
 inline constexpr int64_t kCpuHeadDimStep = 16, kCpuMaxHeadDim = 256;
 
-// The instruction set that attention in `dtype` runs with on this CPU: "avx2", "avx512" or "avx512_bf16".
-// Otherwise null, and `why_not` says why.
-const char* stream_attention_cpu_isa(DType dtype, const char*& why_not);
+// The instruction set of at most `limit` that attention in `dtype` runs with; kNone where no kernel is built.
+Isa stream_attention_cpu_isa(DType dtype, Isa limit);
 
 // Runs on up to `threads` threads, whose number changes no bit of the result.
-void stream_attention_cpu(const StreamAttentionCpuParams& params, int threads);
+void stream_attention_cpu(const StreamAttentionCpuParams& params, Isa limit, int threads);
 }  // namespace echo
