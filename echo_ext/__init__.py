@@ -2,6 +2,7 @@
 
 from echo_ext._native import build_info
 from echo_ext.attention import frame_shift, stream_attention
+from echo_ext.linear import linear
 from echo_ext.memory import WriteGate, WriteLayer, gate_blend, memory_write, memory_xattn
 from echo_ext.ring import Evicted, ring_append, ring_evict
 from echo_ext.rope import axis_pairs, frame_table, grid_table, rope_rotate
@@ -16,6 +17,7 @@ __all__ = [
     "frame_table",
     "gate_blend",
     "grid_table",
+    "linear",
     "memory_write",
     "memory_xattn",
     "ring_append",

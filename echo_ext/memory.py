@@ -11,6 +11,7 @@ from torch import Tensor
 
 from echo_ext._dispatch import Backend, use_reference, why_not_kernel
 from echo_ext.attention import stream_attention
+from echo_ext.linear import linear
 from echo_ext.rope import check_tables, rope_rotate, rope_rotate_ref
 
 Segment = tuple[Tensor, Tensor]
@@ -132,6 +133,8 @@ def _read_in_place(
     """The fallback: the library's attention on each segment where it lies, several joined as tiers of a stream are."""
     q = _norm_and_rotate(q, norm_weight, eps, q_frames, q_grid)
     if len(keys) == 1:
+        if not torch.is_grad_enabled():
+            return stream_attention(q, ring=(keys[0], values[0]), scale=scale)
         q, k, v = (x.transpose(1, 2) for x in (q, keys[0], values[0]))  # (B, H, T, d): views
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
     sink, memory, ring = [*zip(keys, values, strict=True), None][:_MAX_SEGMENTS]
@@ -234,18 +237,18 @@ def memory_write(
         q_rope = q_rope[0].repeat(1, groups, 1, 1), q_rope[1]
     x = state.transpose(0, 1).reshape(batch, groups * tokens, width)  # a view for one group
     for layer in layers:
-        q = F.linear(_norm(x, layer.norm1, eps), layer.q_weight, layer.q_bias)
+        q = linear(_norm(x, layer.norm1, eps), layer.q_weight, layer.q_bias)
         q = q.unflatten(-1, (heads, width // heads)).to(dtype)
         read = memory_xattn(q, segments, norm_weight=layer.norm_q, eps=eps, q_rope=q_rope, backend=backend)
-        x = x + F.linear(read.flatten(2).to(layer.o_weight.dtype), layer.o_weight, layer.o_bias)
-        hidden = F.linear(_norm(x, layer.norm2, eps), layer.up_weight, layer.up_bias)
-        x = x + F.linear(F.gelu(hidden, approximate="tanh"), layer.down_weight, layer.down_bias)
+        x = x + linear(read.flatten(2).to(layer.o_weight.dtype), layer.o_weight, layer.o_bias)
+        hidden = linear(_norm(x, layer.norm2, eps), layer.up_weight, layer.up_bias, gelu=True)
+        x = x + linear(hidden, layer.down_weight, layer.down_bias)
     x = x.unflatten(1, (groups, tokens)).transpose(0, 1)  # (G, B, T, D)
     if gates is not None:
         written = []
         for old, new, gate in zip(state, x, gates, strict=True):
-            hidden = F.linear(new.to(gate.in_weight.dtype), gate.in_weight, gate.in_bias)
-            proposal = F.linear(F.gelu(hidden, approximate="tanh"), gate.out_weight, gate.out_bias)
+            hidden = linear(new.to(gate.in_weight.dtype), gate.in_weight, gate.in_bias, gelu=True)
+            proposal = linear(hidden, gate.out_weight, gate.out_bias)
             proposal = _norm(proposal, gate.norm, eps).to(state.dtype)
             written.append(gate_blend(old, proposal, gate.gate_weight, gate.gate_bias, backend=backend))
         x = torch.stack(written) if groups > 1 else written[0].unsqueeze(0)

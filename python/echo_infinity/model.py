@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -10,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from echo_ext import stream_attention
+from echo_ext import linear, stream_attention
 from echo_infinity.cache import KV, Call
 from echo_infinity.config import ModelConfig
-
-_FUSED_WEIGHTS = 1 << 18  # below, the fused op's own overhead eats its gain
 
 
 class Cache(Protocol):
@@ -149,7 +146,7 @@ class CausalDiT(nn.Module):
         b, f, c, height, width = x.shape
         patches = x.reshape(b, f, c, height // ph, ph, width // pw, pw).permute(0, 1, 3, 5, 2, 4, 6)
         weight = self.patch_embedding.weight.flatten(1)  # (D, C * ph * pw)
-        return nnf.linear(patches.reshape(b, -1, weight.shape[1]), weight, self.patch_embedding.bias)  # (B, T, D)
+        return linear(patches.reshape(b, -1, weight.shape[1]), weight, self.patch_embedding.bias)  # (B, T, D)
 
     def _unpatchify(self, x: Tensor, frames: int, rows: int, columns: int) -> Tensor:
         _, ph, pw = self.config.patch
@@ -208,7 +205,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         d = config.width
         self.heads = config.heads
-        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(d, d) for _ in range(4))
         self.norm_q = nn.RMSNorm(d, eps=config.eps)
         self.norm_k = nn.RMSNorm(d, eps=config.eps)
 
@@ -225,7 +222,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         d = config.width
         self.heads = config.heads
-        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(d, d) for _ in range(4))
         self.norm_q = nn.RMSNorm(d, eps=config.eps)
         self.norm_k = nn.RMSNorm(d, eps=config.eps)
 
@@ -243,14 +240,19 @@ class CrossAttention(nn.Module):
         return self.o(nnf.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
 
 
+class Linear(nn.Linear):
+    """A linear layer that takes the fastest product of the device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class FeedForward(nn.Sequential):
-    """Linear, GELU, linear; on the CPU the library applies the GELU to the product before it leaves the cache."""
+    """Linear, GELU, linear; the first two in one call, unless another layer stands in for the first."""
 
     def forward(self, x: Tensor) -> Tensor:
         up, gelu, down = self
-        if not _fuses_gelu(x, up):
-            return down(gelu(up(x)))
-        return down(torch.ops.mkldnn._linear_pointwise(x, up.weight, up.bias, "gelu", [], "tanh"))
+        return down(linear(x, up.weight, up.bias, gelu=True) if type(up) is Linear else gelu(up(x)))
 
 
 class Head(nn.Module):
@@ -260,7 +262,7 @@ class Head(nn.Module):
         super().__init__()
         self.eps = eps
         self.modulation = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
-        self.head = nn.Linear(width, out)
+        self.head = Linear(width, out)
 
     def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
         return self.head(modulate(x, *modulation, self.eps))
@@ -299,23 +301,7 @@ def _normalise(norm: nn.RMSNorm, x: Tensor) -> Tensor:
 
 
 def _mlp(width: int, hidden: int, out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, out))
-
-
-def _fuses_gelu(x: Tensor, up: nn.Module) -> bool:
-    """Whether the library's fused product and GELU can stand in for a plain ``up`` that wants no gradient."""
-    if x.device.type != "cpu" or type(up) is not nn.Linear or torch.compiler.is_compiling():
-        return False
-    if x.dtype != up.weight.dtype or (torch.is_grad_enabled() and (x.requires_grad or up.weight.requires_grad)):
-        return False
-    return up.weight.numel() >= _FUSED_WEIGHTS and x.dtype in _fused_dtypes()
-
-
-@functools.cache
-def _fused_dtypes() -> tuple[torch.dtype, ...]:
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return ()
-    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
+    return nn.Sequential(Linear(width, hidden), nn.GELU(approximate="tanh"), Linear(hidden, out))
 
 
 def _modulation(own: Tensor, e0: Tensor) -> tuple[Tensor, ...]:

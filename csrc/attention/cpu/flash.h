@@ -45,7 +45,8 @@ struct Flash {
   float unit;           // score -> power of two
   Operand *q, *turned;  // [blocks][steps][kRows][kPair]
   float* out;           // [blocks * kRows][d], not yet divided by the row's sum
-  float* sums;          // [blocks * kRows][kLanes]
+  float* sums;          // [blocks * kRows][kLanes] of the weights as they are multiplied with values
+  float* exact_sums;    // likewise of the weights before they were rounded: only the LSE needs them
   float* tops;          // [blocks * kRows] minus the row's reference, in powers of two
   float* limits;        // [blocks * kRows] the score above which the reference must rise
   Operand* k;           // panels of [steps][kPanel or the last one's width][kPair]
@@ -74,16 +75,20 @@ struct Flash {
     take(turned, p.shift ? padded * d : 0);
     take(out, padded * d);
     take(sums, padded * kLanes);
+    take(exact_sums, sums_exactly() ? padded * kLanes : 0);
     take(tops, padded);
     take(limits, padded);
     return take.used;
   }
+
+  bool sums_exactly() const { return kPair > 1 && p.lse; }
 
   void run() {
     pack_queries();
     const int64_t padded = blocks * kRows;
     memset(out, 0, size_t(padded * d) * sizeof(float));
     memset(sums, 0, size_t(padded * kLanes) * sizeof(float));
+    if (sums_exactly()) memset(exact_sums, 0, size_t(padded * kLanes) * sizeof(float));
     for (int64_t row = 0; row < padded; ++row) {
       tops[row] = INFINITY;
       limits[row] = -INFINITY;
@@ -240,6 +245,12 @@ struct Flash {
       const Vec top = A::splat(row_tops[r]);
       ECHO_UNROLL for (int j = 0; j < N; ++j) s[r][j] = A::exp2(A::fma(s[r][j], factor, top));
       if (kPartial) s[r][N - 1] = A::select(valid, s[r][N - 1], A::zero());
+      if (sums_exactly()) {
+        float* exact = exact_sums + (block * kRows + r) * kLanes;
+        Vec total = A::load(exact);
+        ECHO_UNROLL for (int j = 0; j < N; ++j) total = A::add(total, s[r][j]);
+        A::store(exact, total);
+      }
       float* sum = sums + (block * kRows + r) * kLanes;
       A::store(sum, A::template store_weights<N>(weights + r * kTile + first, s[r], A::load(sum)));
     }
@@ -262,6 +273,7 @@ struct Flash {
       limits[row] = top + kSlack / unit;
       scale_down(out + row * d, d, down);
       scale_down(sums + row * kLanes, kLanes, down);
+      if (sums_exactly()) scale_down(exact_sums + row * kLanes, kLanes, down);
     }
   }
 
@@ -309,8 +321,10 @@ struct Flash {
       const float sum = A::total(A::load(sums + row * kLanes));
       T* to = base + (task.begin + row) * p.out_token;
       for (int64_t i = 0; i < d; i += kLanes)
-        A::store_wide(to + i, A::divide(A::load(out + row * d + i), sum));
-      if (lse) lse[row] = (log2f(sum) - tops[row]) * kLn2;
+        A::store_wide(to + i, A::quotient(A::load(out + row * d + i), A::splat(sum)));
+      if (!lse) continue;
+      const float exact = sums_exactly() ? A::total(A::load(exact_sums + row * kLanes)) : sum;
+      lse[row] = (log2f(exact) - tops[row]) * kLn2;
     }
   }
 };

@@ -23,24 +23,11 @@ struct Float : Avx2 {
     for (int64_t i = 0; i < d; i += kLanes) store(to + i, load_wide(x + i));
   }
 
-  static ECHO_INLINE Vec exp2(Vec x) {     // relative error 7.5e-8 before rounding
-    x = _mm256_max_ps(splat(-126.0f), x);  // NaN stays NaN; smaller powers are denormal
-    const Vec whole = _mm256_floor_ps(x), f = _mm256_sub_ps(x, whole);
-    Vec y = splat(0.0018775767f);
-    y = fma(y, f, splat(0.0089893397f));
-    y = fma(y, f, splat(0.055826318f));
-    y = fma(y, f, splat(0.24015361f));
-    y = fma(y, f, splat(0.69315308f));
-    y = fma(y, f, splat(0.99999994f));
-    const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), power));
-  }
-
   template <int N>
   static ECHO_INLINE Vec store_weights(float* to, const Vec (&x)[N], Vec sum) {
     ECHO_UNROLL for (int j = 0; j < N; ++j) {
       store(to + j * kLanes, x[j]);
-      sum = _mm256_add_ps(sum, x[j]);
+      sum = add(sum, x[j]);
     }
     return sum;
   }

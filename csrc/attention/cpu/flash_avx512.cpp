@@ -23,16 +23,11 @@ struct Float : Avx512 {
     for (int64_t i = 0; i < d; i += kLanes) store(to + i, load_wide(x + i));
   }
 
-  static ECHO_INLINE Vec exp2(Vec x) {  // relative error 7.5e-8 before rounding
-    constexpr float c[] = {0.99999994f, 0.69315308f, 0.24015361f, 0.055826318f, 0.0089893397f, 0.0018775767f};
-    return exp2_by(c, x);
-  }
-
   template <int N>
   static ECHO_INLINE Vec store_weights(float* to, const Vec (&x)[N], Vec sum) {
     ECHO_UNROLL for (int j = 0; j < N; ++j) {
       store(to + j * kLanes, x[j]);
-      sum = _mm512_add_ps(sum, x[j]);
+      sum = add(sum, x[j]);
     }
     return sum;
   }

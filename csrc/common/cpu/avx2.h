@@ -17,8 +17,9 @@ struct Avx2 {
   static ECHO_INLINE void store(float* to, Vec x) { _mm256_store_ps(to, x); }
   static ECHO_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static ECHO_INLINE Vec multiply(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+  static ECHO_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static ECHO_INLINE Vec quotient(Vec a, Vec b) { return _mm256_div_ps(a, b); }
   static ECHO_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-  static ECHO_INLINE Vec divide(Vec x, float by) { return _mm256_div_ps(x, splat(by)); }
   static ECHO_INLINE Mask first_lanes(int64_t n) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), lane));
@@ -54,6 +55,16 @@ struct Avx2 {
   static ECHO_INLINE Vec rotate(Vec x, Vec table) {
     const Vec crossed = _mm256_mul_ps(_mm256_permute_ps(x, 0xb1), _mm256_movehdup_ps(table));
     return _mm256_fmaddsub_ps(x, _mm256_moveldup_ps(table), crossed);
+  }
+
+  static ECHO_INLINE Vec exp2(Vec x) {     // relative error 2e-9 before rounding
+    x = _mm256_max_ps(splat(-126.0f), x);  // NaN stays NaN; smaller powers are denormal
+    const Vec whole = _mm256_floor_ps(x), f = _mm256_sub_ps(x, whole);
+    constexpr float c[] = {1.0f, 0.693147004f, 0.24022983f, 0.0554833412f, 0.00967884064f, 0.00124396873f};
+    Vec y = splat(0.000217022549f);
+    ECHO_UNROLL for (int i = 5; i >= 0; --i) y = fma(y, f, splat(c[i]));
+    const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), power));
   }
 
   // A square of 32-bit elements.

@@ -17,8 +17,9 @@ struct Avx512 {
   static ECHO_INLINE void store(float* to, Vec x) { _mm512_store_ps(to, x); }
   static ECHO_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static ECHO_INLINE Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static ECHO_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static ECHO_INLINE Vec quotient(Vec a, Vec b) { return _mm512_div_ps(a, b); }
   static ECHO_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-  static ECHO_INLINE Vec divide(Vec x, float by) { return _mm512_div_ps(x, splat(by)); }
   static ECHO_INLINE float highest(Vec x) { return _mm512_reduce_max_ps(x); }
   static ECHO_INLINE float total(Vec x) { return _mm512_reduce_add_ps(x); }
   static ECHO_INLINE Vec load_wide(const float* x) { return _mm512_loadu_ps(x); }
@@ -52,6 +53,12 @@ struct Avx512 {
     Vec y = splat(c[kTerms - 1]);
     ECHO_UNROLL for (int i = kTerms - 2; i >= 0; --i) y = fma(y, f, splat(c[i]));
     return _mm512_scalef_ps(y, x);
+  }
+
+  static ECHO_INLINE Vec exp2(Vec x) {  // relative error 2e-9 before rounding
+    constexpr float c[] = {1.0f,           0.693147004f,   0.24022983f,    0.0554833412f,
+                           0.00967884064f, 0.00124396873f, 0.000217022549f};
+    return exp2_by(c, x);
   }
 
   // A square of 32-bit elements.
