@@ -230,8 +230,8 @@ def _on_cpu(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)
     if _cpu.why_not_attention(q, shift, scale):
         return _impl(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)
     pairs = ((sink_k, sink_v), (memory_k, memory_v), (ring_k, ring_v))
-    tiers = [None if k is None or v is None else (k, v) for k, v in pairs]
-    return _cpu.attention(q, shift, *tiers, scale, want_lse=True)
+    sink, memory, ring = (None if k is None or v is None else (k, v) for k, v in pairs)
+    return _cpu.attention(q, shift, sink, memory, ring, scale, want_lse=True)
 
 
 _LIB.impl("stream_attention", _on_cpu, "CPU")

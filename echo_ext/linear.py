@@ -13,10 +13,10 @@ _SMALL, _SMALL_WITH_GELU = 1 << 21, 1 << 19
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-    """Apply a linear layer, and where asked GELU: ``x W^T + b``, ``0.5 y (1 + tanh(sqrt(2 / pi) (y + 0.044715 y^3)))``.
+    """Apply a linear layer, and where asked GELU.
 
-    On the CPU, where no gradient is wanted, both are one call of oneDNN, which applies the GELU before the product leaves
-    the cache. In float32 PyTorch itself asks another library, which keeps to half the vector width on some CPUs.
+    ``y = x W^T + b``, then ``0.5 y (1 + tanh(sqrt(2 / pi) (y + 0.044715 y^3)))``. On the CPU, where no gradient is
+    wanted, both are one call of oneDNN, which applies the GELU before the product leaves the cache. In float32 PyTorch itself asks another library, which keeps to half the vector width on some CPUs.
 
     Args:
         x: ``(..., K)``.
@@ -28,8 +28,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
         ``(..., N)`` in ``x.dtype``. Differentiable.
     """
     if _pays(x, weight, bias, gelu):
-        post = ("gelu", [], "tanh") if gelu else ("none", [], "")
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *post)
+        name, how = ("gelu", "tanh") if gelu else ("none", "")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], how)
     y = F.linear(x, weight, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
 
