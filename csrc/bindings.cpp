@@ -106,7 +106,8 @@ AttentionTier tier(const char* name, const OptionalPair& pair, const TensorView&
 
 void attend_on_cpu(const py::tuple& q_view, const OptionalTuple& shift_view, const OptionalPair& sink,
                    const OptionalPair& memory, const OptionalPair& ring, const py::tuple& out_view,
-                   const OptionalTuple& lse_view, double scale, int threads, const std::string& isa) {
+                   const OptionalTuple& lse_view, double scale, int64_t last_count, int threads,
+                   const std::string& isa) {
   const TensorView q = query_view(q_view), out = heads_view("out", out_view, q, q.size[1]);
   StreamAttentionCpuParams p;
   p.q = q.ptr;
@@ -127,6 +128,9 @@ void attend_on_cpu(const py::tuple& q_view, const OptionalTuple& shift_view, con
   p.sink = tier("sink", sink, q);
   p.memory = tier("memory", memory, q);
   p.ring = tier("ring", ring, q);
+  ECHO_CHECK(last_count == 1 || (last_count > 1 && p.ring.tokens > 0),
+             "last_count must be 1, or more where the ring has a last key, got ", last_count);
+  p.last_count = last_count;
   ECHO_CHECK(p.sink.tokens + p.memory.tokens + p.ring.tokens > 0, "no tier holds a key");
   if (shift_view) {
     const TensorView shift = dense_view("shift", *shift_view, DType::kF32, {0, 0, 2});
@@ -229,7 +233,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef ECHO_EXT_CPU_KERNELS
   m.def("stream_attention_cpu", &attend_on_cpu, py::arg("q"), py::arg("shift"), py::arg("sink"),
         py::arg("memory"), py::arg("ring"), py::arg("out"), py::arg("lse"), py::arg("scale"),
-        py::arg("threads"), py::arg("isa") = "");
+        py::arg("last_count"), py::arg("threads"), py::arg("isa") = "");
   m.def("ring_append_cpu", &append_on_cpu, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_weight"),
         py::arg("k_weight"), py::arg("frame_table"), py::arg("key_frame_table"), py::arg("grid_table"),
         py::arg("slots"), py::arg("ring_k"), py::arg("ring_v"), py::arg("ring_raw"), py::arg("eps"),

@@ -19,6 +19,7 @@ def stream_attention_cpu(
     out: TensorTuple,
     lse: TensorTuple | None,
     scale: float,
+    last_count: int,
     threads: int,
     isa: str = "",
 ) -> None: ...

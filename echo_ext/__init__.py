@@ -1,7 +1,7 @@
 """Streaming-video attention and evolving memory: ring, RoPE, three-tier attention, memory write; kernels or PyTorch."""
 
 from echo_ext._native import build_info
-from echo_ext.attention import frame_shift, stream_attention
+from echo_ext.attention import frame_shift, padded_attention, stream_attention
 from echo_ext.linear import linear
 from echo_ext.memory import WriteGate, WriteLayer, gate_blend, memory_write, memory_xattn
 from echo_ext.ring import Evicted, ring_append, ring_evict
@@ -20,6 +20,7 @@ __all__ = [
     "linear",
     "memory_write",
     "memory_xattn",
+    "padded_attention",
     "ring_append",
     "ring_evict",
     "rope_rotate",

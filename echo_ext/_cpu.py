@@ -33,10 +33,11 @@ def attention(
     ring: KV | None,
     scale: float,
     *,
+    last_count: int = 1,
     want_lse: bool = False,
     isa: str = "",
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the kernel, with at most the instruction set ``isa``.
+    """Run the kernel, with at most the instruction set ``isa``; the ring's last key counts ``last_count`` times.
 
     Returns:
         Output ``(B, Tq, H, d)`` and, where wanted, LSE ``(B, H, Tq)`` float32.
@@ -54,6 +55,7 @@ def attention(
         view(out),
         None if lse is None else view(lse),
         scale,
+        last_count,
         torch.get_num_threads(),
         isa,
     )

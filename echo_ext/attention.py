@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from echo_ext import _cpu
 from echo_ext._dispatch import Backend, use_reference, why_not_kernel
@@ -71,6 +72,41 @@ def stream_attention(
     if wants_grad:
         return _StreamAttention.apply(q, shift, *tensors, scale)
     return torch.ops.echo_ext.stream_attention(q, shift, *tensors, scale)[0]
+
+
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, padding: int, *, scale: float | None = None) -> Tensor:
+    """Attend to keys whose last ``padding`` ones are the same, as are their values: a padded text.
+
+    ``softmax(q K^T * scale) V``. On the CPU, where no gradient is wanted, one key stands for the padding and its weight
+    counts ``padding`` times, which is the same sum.
+
+    Args:
+        q: ``(B, Tq, H, d)`` with a contiguous last dim.
+        k: ``(B, T, H, d)``, any strides with a contiguous last dim; ``v`` likewise.
+        padding: how many of the last tokens are equal; 0 and 1 say nothing.
+        scale: score scale; default ``d ** -0.5``.
+
+    Returns:
+        ``(B, Tq, H, d)`` in ``q.dtype``. Differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or ``padding`` is not in ``0 .. T``.
+
+    Source: docs/method.md section 5, text.
+    """
+    _check(q, None, {"text": (k, v)})
+    if not 0 <= padding <= k.shape[1]:
+        raise ValueError(f"padding must be in 0 .. {k.shape[1]}, the number of keys, got {padding}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):  # the op's own backward keeps all scores
+        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+        return F.scaled_dot_product_attention(heads_first[0], heads_first[1], heads_first[2], scale=scale).transpose(
+            1, 2
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if padding > 1 and not torch.compiler.is_compiling() and _cpu.why_not_attention(q, None, scale) is None:
+        read = k.shape[1] - padding + 1
+        return _cpu.attention(q, None, None, None, (k[:, :read], v[:, :read]), scale, last_count=padding)[0]
+    return stream_attention(q, ring=(k, v), scale=scale)
 
 
 def frame_shift(

@@ -16,7 +16,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
     """Apply a linear layer, and where asked GELU.
 
     ``y = x W^T + b``, then ``0.5 y (1 + tanh(sqrt(2 / pi) (y + 0.044715 y^3)))``. On the CPU, where no gradient is
-    wanted, both are one call of oneDNN, which applies the GELU before the product leaves the cache. In float32 PyTorch itself asks another library, which keeps to half the vector width on some CPUs.
+    wanted, both are one call of oneDNN, which applies the GELU before the product leaves the cache; for float32 PyTorch
+    itself asks another library, which keeps to half the vector width on some CPUs.
 
     Args:
         x: ``(..., K)``.

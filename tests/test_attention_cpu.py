@@ -172,6 +172,31 @@ def test_scale_can_be_chosen(isa, scale):
     assert_no_worse_than(lse, exact_lse.float(), exact_lse)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("count", [2, 400])
+@pytest.mark.parametrize("keys", [1, 2, 16, 17, 64, 65, 128, 130])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_the_last_key_can_count_more_than_once(isa, keys, count, dtype):
+    q, k, v = (torch.randn(2, n, 3, 32).to(dtype) for n in (7, keys, keys))
+    repeats = torch.tensor([1] * (keys - 1) + [count])
+    whole = {"q": q, "ring": tuple(x.repeat_interleave(repeats, dim=1) for x in (k, v)), "shift": None}
+    exact, exact_lse = one_softmax(**whole)
+    out, lse = _cpu.attention(q, None, None, None, (k, v), 32**-0.5, last_count=count, want_lse=True, isa=isa)
+    assert_no_worse_than(out, stream_attention_ref(*positional(whole))[0], exact)
+    assert_no_worse_than(lse, exact_lse.to(dtype).float(), exact_lse)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_only_the_ring_s_last_key_counts_more_than_once(isa):
+    args = make((2, 5, (20, 70, 33), 3, 16))
+    k, v = args["ring"]
+    whole = args | {"ring": tuple(torch.cat([x, x[:, -1:].expand(-1, 4, -1, -1)], dim=1) for x in (k, v))}
+    exact, _ = one_softmax(**whole)
+    tiers = args["sink"], args["memory"], (k, v)
+    out, _ = _cpu.attention(args["q"], args["shift"], *tiers, 0.25, last_count=5, isa=isa)
+    assert_no_worse_than(out, exact.float(), exact)
+
+
 def test_no_query_is_no_work():
     args = make((2, 0, (3, 2, 7), 3, 16))
     assert stream_attention(**args).shape == (2, 0, 3, 16)
@@ -225,7 +250,7 @@ def views(q=(2, 5, 3, 16), k=(2, 7, 3, 16), v=(2, 7, 3, 16), out=(2, 5, 3, 16), 
         name: _native.view(torch.zeros(shape, dtype=dtype)) for name, shape in zip("qkvo", (q, k, v, out), strict=True)
     }
     named = {"q": view["q"], "shift": None, "sink": None, "memory": None, "ring": (view["k"], view["v"])}
-    return {**named, "out": view["o"], "lse": None, "scale": 1.0, "threads": 1, **changes}
+    return {**named, "out": view["o"], "lse": None, "scale": 1.0, "last_count": 1, "threads": 1, **changes}
 
 
 def strange(*shape, dtype=torch.float32, step=None):
@@ -249,6 +274,8 @@ def strange(*shape, dtype=torch.float32, step=None):
         (views(out=(2, 4, 3, 16)), r"out is float32 \(2, 4, 3, 16\)"),
         (views() | {"out": strange(2, 5, 3, 16, dtype=torch.bfloat16)}, "out is bfloat16"),
         (views(ring=None), "no tier holds a key"),
+        (views(last_count=0), "last_count must be 1, or more where the ring has a last key, got 0"),
+        (views(ring=None, last_count=2), "last_count must be 1, or more where the ring has a last key, got 2"),
         (views(scale=0.0), "scale must be above 0, got 0"),
         (views(shift=strange(3, 4, 2)), r"shift must be \(1 or 2, pairs, 2\), got float32 \(3, 4, 2\)"),
         (views(shift=strange(1, 9, 2)), "shift must be"),

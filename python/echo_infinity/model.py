@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from echo_ext import linear, stream_attention
+from echo_ext import linear, padded_attention
 from echo_infinity.cache import KV, Call
 from echo_infinity.config import ModelConfig
 
@@ -36,6 +36,12 @@ class Conditioning(NamedTuple):
 
     layers: list[tuple[Tensor, ...]]  # per layer shift, 1 + scale, gate, twice: 6 x (B, F, 1, D)
     head: tuple[Tensor, Tensor]  # shift, 1 + scale: (B, F, 1, D)
+
+
+class TextKV(KV):
+    """Keys and values of an embedded prompt, which know that their last ``padding`` tokens are one and the same."""
+
+    padding = 0
 
 
 class CausalDiT(nn.Module):
@@ -87,7 +93,12 @@ class CausalDiT(nn.Module):
             )
         padded = nnf.pad(embeddings, (0, 0, 0, c.text_tokens - embeddings.shape[1]))
         context = self.text_embedding(padded.to(self.dtype))
-        return [block.cross_attn.encode(context) for block in self.layers()]
+        written = padded.ne(0).any(dim=-1).any(dim=0).nonzero()  # tokens that hold a word of any prompt
+        padding = c.text_tokens - (int(written[-1]) + 1 if len(written) else 0)
+        texts = [TextKV(block.cross_attn.encode(context)) for block in self.layers()]
+        for text in texts:
+            text.padding = padding
+        return list(texts)
 
     def condition(self, t: Tensor) -> Conditioning:
         """Turn timesteps into each layer's shifts, scales and gates.
@@ -234,10 +245,8 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, text: KV) -> Tensor:
         q = _normalise(self.norm_q, self.q(x)).unflatten(-1, (self.heads, -1))
         k, v = (y.to(q.dtype).expand(q.shape[0], -1, -1, -1) for y in text)
-        if not torch.is_grad_enabled():
-            return self.o(stream_attention(q, ring=(k, v)).flatten(-2))
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # the op's own backward keeps all scores
-        return self.o(nnf.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+        padding = text.padding if isinstance(text, TextKV) else 0
+        return self.o(padded_attention(q, k, v, padding).flatten(-2))
 
 
 class Linear(nn.Linear):

@@ -53,6 +53,7 @@ struct Flash {
   Operand* v;           // [tile / kPair][d][kPair]
   Operand* weights;     // [kRows][kTile]
   float* scores;        // [kRows][kPanel]
+  float* counts;  // [kLanes] how often the keys of the panel's last column weigh, read where one counts more
 
   Flash(const StreamAttentionCpuParams& params, const AttentionTask& job) : p(params), task(job) {
     rows = job.end - job.begin;
@@ -71,6 +72,7 @@ struct Flash {
     take(v, tile * d);
     take(weights, kRows * kTile);
     take(scores, kRows * kPanel);
+    take(counts, kLanes);
     take(q, padded * d);
     take(turned, p.shift ? padded * d : 0);
     take(out, padded * d);
@@ -95,10 +97,10 @@ struct Flash {
     }
     const AttentionTier tiers[] = {p.sink, p.memory, p.ring};
     if (p.shift) {
-      attend(turned, tiers, 2);
-      attend(q, tiers + 2, 1);
+      attend(turned, tiers, 2, 1);
+      attend(q, tiers + 2, 1, p.last_count);
     } else {
-      attend(q, tiers, 3);
+      attend(q, tiers, 3, p.last_count);
     }
     finish();
   }
@@ -133,8 +135,8 @@ struct Flash {
     }
   }
 
-  // All keys of `tiers`, as one sequence, for the queries `x`.
-  void attend(const Operand* x, const AttentionTier* tiers, int count) {
+  // All keys of `tiers`, as one sequence whose last key counts `last_count` times, for the queries `x`.
+  void attend(const Operand* x, const AttentionTier* tiers, int count, int64_t last_count) {
     const T *keys[kTile], *values[kTile];
     int64_t held = 0;
     for (int i = 0; i < count; ++i) {
@@ -142,19 +144,21 @@ struct Flash {
       const T* key = static_cast<const T*>(tier.k) + task.batch * tier.k_batch + task.head * tier.k_head;
       const T* value = static_cast<const T*>(tier.v) + task.batch * tier.v_batch + task.head * tier.v_head;
       for (int64_t token = 0; token < tier.tokens; ++token) {
-        keys[held] = key + token * tier.k_token;
-        values[held] = value + token * tier.v_token;
-        if (++held == tile) {
-          pass(x, keys, values, held);
+        if (held == tile) {
+          pass(x, keys, values, held, 1);
           held = 0;
         }
+        keys[held] = key + token * tier.k_token;
+        values[held] = value + token * tier.v_token;
+        ++held;
       }
     }
-    if (held) pass(x, keys, values, held);
+    if (held) pass(x, keys, values, held, last_count);
   }
 
   // One tile, for every row of the task.
-  void pass(const Operand* x, const T* const* keys, const T* const* values, int64_t held) {
+  void pass(const Operand* x, const T* const* keys, const T* const* values, int64_t held,
+            int64_t last_count) {
     for (int64_t first = 0; first < held; first += kPanel) {
       const int64_t n = smaller(held - first, kPanel);
       pack_panel(keys + first, n, parts(n, kLanes), k + first * d);
@@ -162,11 +166,13 @@ struct Flash {
     for (int64_t i = 0; i < held; i += kPair) {
       A::pack_values(v + i * d, values[i], i + 1 < held ? values[i + 1] : nullptr, d);
     }
+    for (int i = 0; i < kLanes; ++i) counts[i] = (held - 1) % kLanes == i ? float(last_count) : 1.0f;
     for (int64_t block = 0; block < blocks; ++block) {
       const Operand* block_q = x + block * kRows * d;
       int64_t weighed = 0;
       for (int64_t first = 0; first < held; first += kPanel) {
-        weighed = score_panel(block, block_q, first, smaller(held - first, kPanel), weighed);
+        const int64_t n = smaller(held - first, kPanel);
+        weighed = score_panel(block, block_q, first, n, first + n == held && last_count > 1, weighed);
       }
       weigh(block, weighed, held);
     }
@@ -190,9 +196,11 @@ struct Flash {
     }
   }
 
-  // Scores and weights of `n` keys from `first` on; returns the first key whose values are still to be added.
-  int64_t score_panel(int64_t block, const Operand* x, int64_t first, int64_t n, int64_t weighed) {
-    if (n == kPanel) return score<kColumns, false>(block, x, first, n, weighed);
+  // Scores and weights of `n` keys from `first` on, the last column's by `counts` where some count more than
+  // once. Returns the first key whose values are still to be added.
+  int64_t score_panel(int64_t block, const Operand* x, int64_t first, int64_t n, bool counted,
+                      int64_t weighed) {
+    if (n == kPanel && !counted) return score<kColumns, false>(block, x, first, n, weighed);
     const int64_t columns = parts(n, kLanes);
     if (columns == 1) return score<1, true>(block, x, first, n, weighed);
     if constexpr (kColumns > 2) {
@@ -220,6 +228,7 @@ struct Flash {
       key += N * kLanes * kPair;
       x += kRows * kPair;
     }
+    const Vec count = A::load(counts);  // 1 but in the sequence's last panel
     const typename A::Mask valid = A::first_lanes(n - (N - 1) * kLanes);
     float* row_tops = tops + block * kRows;
     float* row_limits = limits + block * kRows;
@@ -244,7 +253,7 @@ struct Flash {
     ECHO_UNROLL for (int r = 0; r < kRows; ++r) {
       const Vec top = A::splat(row_tops[r]);
       ECHO_UNROLL for (int j = 0; j < N; ++j) s[r][j] = A::exp2(A::fma(s[r][j], factor, top));
-      if (kPartial) s[r][N - 1] = A::select(valid, s[r][N - 1], A::zero());
+      if (kPartial) s[r][N - 1] = A::select(valid, A::multiply(s[r][N - 1], count), A::zero());
       if (sums_exactly()) {
         float* exact = exact_sums + (block * kRows + r) * kLanes;
         Vec total = A::load(exact);

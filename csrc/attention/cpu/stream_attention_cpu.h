@@ -28,6 +28,8 @@ struct StreamAttentionCpuParams {
   int64_t out_batch = 0, out_token = 0, out_head = 0;
   int64_t shift_batch = 0, shift_pairs = 0;
   float scale = 0;  // above 0
+  int64_t last_count =
+      1;  // keys there are like the ring's last one, itself included: they weigh as many times
 };
 
 inline constexpr int64_t kCpuHeadDimStep = 16, kCpuMaxHeadDim = 256;
