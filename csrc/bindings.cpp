@@ -11,6 +11,7 @@
 #include "common/device_info.h"
 #include "common/tensor_view.h"
 #ifdef ECHO_EXT_CPU_KERNELS
+#include "norm/cpu/norm_cpu.h"
 #include "ring/cpu/ring_append_cpu.h"
 #endif
 
@@ -213,6 +214,59 @@ void append_on_cpu(const py::tuple& q_view, const py::tuple& k_view, const py::t
   py::gil_scoped_release release;
   ring_append_cpu(p, limit, threads);
 }
+
+void norm_on_cpu(const py::tuple& x_view, const OptionalTuple& y_view, const OptionalTuple& gate,
+                 const OptionalTuple& shift, const OptionalTuple& scale, const OptionalTuple& sum,
+                 const OptionalTuple& out, double eps, bool centred, int threads, const std::string& isa) {
+  const TensorView x = view("x", x_view);
+  ECHO_CHECK(x.ndim == 3 && x.stride[2] == 1 && (x.dtype == DType::kF32 || x.dtype == DType::kBF16),
+             "x must be float32 or bfloat16 of 3 dims, the last one contiguous, got ", describe(x));
+  NormCpuParams p;
+  p.x = x.ptr;
+  p.dtype = x.dtype;
+  p.batch = x.size[0];
+  p.tokens = x.size[1];
+  p.width = x.size[2];
+  p.x_batch = x.stride[0];
+  p.x_token = x.stride[1];
+  ECHO_CHECK(p.width > 0 && p.width % kCpuNormStep == 0 && p.width <= kCpuMaxNormWidth,
+             "the last dim of x must be a multiple of ", kCpuNormStep, " up to ", kCpuMaxNormWidth, ", got ",
+             p.width);
+  if (y_view) {
+    const TensorView y = view("y", *y_view);
+    ECHO_CHECK(y.dtype == x.dtype && y.ndim == 3 && y.size[0] == p.batch && y.size[1] == p.tokens &&
+                   y.size[2] == p.width && y.stride[2] == 1,
+               "y is ", describe(y), ", which doesn't go with x ", describe(x));
+    p.y = y.ptr;
+    p.y_batch = y.stride[0];
+    p.y_token = y.stride[1];
+  }
+  const auto vectors = [&](const char* name, const OptionalTuple& t, int64_t& batch_step,
+                           int64_t& frame_step) {
+    if (!t) return static_cast<const void*>(nullptr);
+    const TensorView v = view(name, *t);
+    ECHO_CHECK(v.dtype == x.dtype && v.ndim == 3 && (v.size[0] == 1 || v.size[0] == p.batch) &&
+                   v.size[1] > 0 && p.tokens % v.size[1] == 0 && v.size[2] == p.width && v.stride[2] == 1,
+               name, " is ", describe(v), ", which doesn't go with x ", describe(x));
+    ECHO_CHECK(p.frames == 0 || p.frames == v.size[1], name, " has ", v.size[1], " frames, another vector ",
+               p.frames);
+    p.frames = v.size[1];
+    batch_step = v.size[0] == 1 ? 0 : v.stride[0];
+    frame_step = v.stride[1];
+    return static_cast<const void*>(v.ptr);
+  };
+  p.gate = vectors("gate", gate, p.gate_batch, p.gate_frame);
+  p.shift = vectors("shift", shift, p.shift_batch, p.shift_frame);
+  p.scale = vectors("scale", scale, p.scale_batch, p.scale_frame);
+  if (p.frames == 0) p.frames = 1;
+  if (sum) p.sum = dense_view("sum", *sum, x.dtype, {p.batch, p.tokens, p.width}).ptr;
+  if (out) p.out = dense_view("out", *out, x.dtype, {p.batch, p.tokens, p.width}).ptr;
+  p.eps = float(eps);
+  p.centred = centred;
+  const Isa limit = isa_named(isa);
+  py::gil_scoped_release release;
+  norm_cpu(p, limit, threads);
+}
 #endif
 
 }  // namespace
@@ -238,6 +292,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("k_weight"), py::arg("frame_table"), py::arg("key_frame_table"), py::arg("grid_table"),
         py::arg("slots"), py::arg("ring_k"), py::arg("ring_v"), py::arg("ring_raw"), py::arg("eps"),
         py::arg("out"), py::arg("threads"), py::arg("isa") = "");
+  m.def("norm_cpu", &norm_on_cpu, py::arg("x"), py::arg("y"), py::arg("gate"), py::arg("shift"),
+        py::arg("scale"), py::arg("sum"), py::arg("out"), py::arg("eps"), py::arg("centred"),
+        py::arg("threads"), py::arg("isa") = "");
   m.attr("cpu_has_amx_bf16") = has_amx_bf16();
   m.def(
       "cpu_isa", [](int32_t dtype) { return name_of(stream_attention_cpu_isa(DType(dtype), best_isa())); },

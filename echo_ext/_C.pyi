@@ -41,3 +41,16 @@ def ring_append_cpu(
     threads: int,
     isa: str = "",
 ) -> None: ...
+def norm_cpu(
+    x: TensorTuple,
+    y: TensorTuple | None,
+    gate: TensorTuple | None,
+    shift: TensorTuple | None,
+    scale: TensorTuple | None,
+    sum: TensorTuple | None,
+    out: TensorTuple | None,
+    eps: float,
+    centred: bool,
+    threads: int,
+    isa: str = "",
+) -> None: ...

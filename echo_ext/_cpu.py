@@ -10,6 +10,7 @@ from echo_ext import _native
 KV = tuple[Tensor, Tensor]
 
 _HEAD_DIM_STEP, _MAX_HEAD_DIM = 16, 256
+_WIDTH_STEP, _MAX_WIDTH = 16, 8192
 
 
 def why_not_attention(q: Tensor, shift: Tensor | None, scale: float) -> str | None:
@@ -133,12 +134,77 @@ def append(
     return out
 
 
+def why_not_norm(x: Tensor, *others: Tensor | None) -> str | None:
+    """The first reason the kernel can't take `gated_modulate`'s or `rms_norm`'s tensors, or None if it can."""
+    if reason := _why_not_tensor(x):
+        return reason
+    width = x.shape[-1]
+    if width % _WIDTH_STEP or not 0 < width <= _MAX_WIDTH:
+        return f"width {width} is no multiple of {_WIDTH_STEP} up to {_MAX_WIDTH}"
+    for y in (x, *others):
+        if y is not None and (y.dtype != x.dtype or y.stride(-1) != 1):
+            return f"a tensor is {y.dtype} with strides {y.stride()}, x is {x.dtype}"
+    return None
+
+
+def gated_modulate(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float = 0.0,
+    *,
+    isa: str = "",
+) -> tuple[Tensor, Tensor | None]:
+    """Compute ``s = x + gate * y`` and ``LayerNorm(s) * scale + shift`` in one pass.
+
+    Args:
+        x: ``(B, F * T_f, D)``; ``y`` likewise, None adds nothing.
+        gate: ``(B or 1, F, 1, D)``; None adds ``y`` as it is.
+        shift: ``(B or 1, F, 1, D)``, or ``(D,)`` for all frames.
+        scale: like ``shift``; None leaves the norm out.
+        eps: of the norm.
+        isa: the best instruction set to use.
+
+    Returns:
+        ``s``, which is ``x`` where there is no ``y``, and its modulated norm or None.
+    """
+    summed = None if y is None else x.new_empty(x.shape)
+    out = None if scale is None else x.new_empty(x.shape)
+    rows = [None if v is None else v.view(1, 1, -1) if v.ndim == 1 else v.squeeze(2) for v in (gate, shift, scale)]
+    views = [None if z is None else _native.view(z) for z in (x, y, *rows, summed, out)]
+    _native.module().norm_cpu(*views, eps, True, torch.get_num_threads(), isa)
+    return x if summed is None else summed, out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, isa: str = "") -> Tensor:
+    """RMS-normalise ``x`` ``(B, T, D)`` over D and scale it by ``weight`` ``(D,)``."""
+    out, view = x.new_empty(x.shape), _native.view
+    _native.module().norm_cpu(
+        view(x),
+        None,
+        None,
+        None,
+        view(weight.view(1, 1, -1)),
+        None,
+        view(out),
+        eps,
+        False,
+        torch.get_num_threads(),
+        isa,
+    )
+    return out
+
+
 def _why_not(q: Tensor) -> str | None:
-    if not q.is_cpu:
-        return f"q is on {q.device}"
-    if reason := _native.why_no_cpu_kernels(q.dtype):
+    if reason := _why_not_tensor(q):
         return reason
     d = q.shape[3]
     if d % _HEAD_DIM_STEP or not 0 < d <= _MAX_HEAD_DIM:
         return f"head dim {d} is no multiple of {_HEAD_DIM_STEP} up to {_MAX_HEAD_DIM}"
     return None
+
+
+def _why_not_tensor(x: Tensor) -> str | None:
+    return _native.why_no_cpu_kernels(x.dtype) or None if x.is_cpu else f"a tensor is on {x.device}"

@@ -18,6 +18,7 @@ struct Avx2 {
   static ECHO_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static ECHO_INLINE Vec multiply(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static ECHO_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static ECHO_INLINE Vec subtract(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
   static ECHO_INLINE Vec quotient(Vec a, Vec b) { return _mm256_div_ps(a, b); }
   static ECHO_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
   static ECHO_INLINE Mask first_lanes(int64_t n) {

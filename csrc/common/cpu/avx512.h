@@ -18,6 +18,7 @@ struct Avx512 {
   static ECHO_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static ECHO_INLINE Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static ECHO_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static ECHO_INLINE Vec subtract(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
   static ECHO_INLINE Vec quotient(Vec a, Vec b) { return _mm512_div_ps(a, b); }
   static ECHO_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
   static ECHO_INLINE float highest(Vec x) { return _mm512_reduce_max_ps(x); }
