@@ -241,6 +241,7 @@ void norm_on_cpu(const py::tuple& x_view, const OptionalTuple& y_view, const Opt
     p.y_batch = y.stride[0];
     p.y_token = y.stride[1];
   }
+  p.frames = 1;
   const auto vectors = [&](const char* name, const OptionalTuple& t, int64_t& batch_step,
                            int64_t& frame_step) {
     if (!t) return static_cast<const void*>(nullptr);
@@ -248,17 +249,16 @@ void norm_on_cpu(const py::tuple& x_view, const OptionalTuple& y_view, const Opt
     ECHO_CHECK(v.dtype == x.dtype && v.ndim == 3 && (v.size[0] == 1 || v.size[0] == p.batch) &&
                    v.size[1] > 0 && p.tokens % v.size[1] == 0 && v.size[2] == p.width && v.stride[2] == 1,
                name, " is ", describe(v), ", which doesn't go with x ", describe(x));
-    ECHO_CHECK(p.frames == 0 || p.frames == v.size[1], name, " has ", v.size[1], " frames, another vector ",
-               p.frames);
-    p.frames = v.size[1];
+    ECHO_CHECK(v.size[1] == 1 || p.frames == 1 || p.frames == v.size[1], name, " has ", v.size[1],
+               " frames, another vector ", p.frames);
+    if (v.size[1] > 1) p.frames = v.size[1];
     batch_step = v.size[0] == 1 ? 0 : v.stride[0];
-    frame_step = v.stride[1];
+    frame_step = v.size[1] == 1 ? 0 : v.stride[1];
     return static_cast<const void*>(v.ptr);
   };
   p.gate = vectors("gate", gate, p.gate_batch, p.gate_frame);
   p.shift = vectors("shift", shift, p.shift_batch, p.shift_frame);
   p.scale = vectors("scale", scale, p.scale_batch, p.scale_frame);
-  if (p.frames == 0) p.frames = 1;
   if (sum) p.sum = dense_view("sum", *sum, x.dtype, {p.batch, p.tokens, p.width}).ptr;
   if (out) p.out = dense_view("out", *out, x.dtype, {p.batch, p.tokens, p.width}).ptr;
   p.eps = float(eps);

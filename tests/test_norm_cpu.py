@@ -34,7 +34,8 @@ def make(shape, dtype, *, rows=1, affine=False):
 
 def plain(x, y, gate, shift, scale):
     """The same in PyTorch, in the dtype of the arguments."""
-    by_frame = (x.shape[0], (gate if gate is not None else scale).shape[1] if scale.ndim == 4 else 1, -1, x.shape[-1])
+    frames = next((v.shape[1] for v in (gate, scale) if v is not None and v.ndim == 4), 1)
+    by_frame = (x.shape[0], frames, -1, x.shape[-1])
     if y is not None:
         x = (x.reshape(by_frame) + (1 if gate is None else gate) * y.reshape(by_frame)).view(x.shape)
     norm = torch.layer_norm(x, x.shape[-1:], eps=EPS).reshape(by_frame)
@@ -71,9 +72,10 @@ def test_parts_may_be_left_out(isa, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_an_ungated_sum_and_an_affine_norm(isa, dtype):
-    x, y, _, shift, scale = make((2, 3, 5, 48), dtype, affine=True)
-    args = x, y, None, shift, scale
+@pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
+def test_an_affine_norm(isa, dtype, gated):
+    x, y, gate, shift, scale = make((2, 3, 5, 48), dtype, affine=True)
+    args = x, y, gate if gated else None, shift, scale
     for actual, budget, exact in zip(
         _cpu.gated_modulate(*args, EPS, isa=isa), plain(*args), plain(*wide(args)), strict=True
     ):
