@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def cpu_has_amx() -> bool:
 cpu_has_amx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def build_info() -> dict[str, object]:
+def build_info() -> dict[str, Any]:
     """Say what was built and what this machine can run; safe to call anywhere.
 
     Returns:
