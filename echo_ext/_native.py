@@ -43,14 +43,6 @@ def _probe() -> str:
 
 def why_no_cpu_kernels(dtype: torch.dtype) -> str:
     """Return "" if CPU kernels run here in ``dtype``, else the reason."""
-    return _probe_cpu(dtype)
-
-
-why_no_cpu_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _probe_cpu(dtype: torch.dtype) -> str:
     if _C is None:
         return _NOT_BUILT
     if not hasattr(_C, "cpu_isa"):
@@ -58,6 +50,9 @@ def _probe_cpu(dtype: torch.dtype) -> str:
     if dtype not in DTYPE_CODE or _C.cpu_isa(DTYPE_CODE[dtype]) == "none":
         return f"no CPU kernel is built for {dtype} and this CPU"
     return ""
+
+
+why_no_cpu_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def cpu_has_amx() -> bool:
