@@ -51,7 +51,7 @@ def cudnn_on_a_copy(q, shift, **tiers):
         return torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
 
 
-@pytest.mark.parametrize("backend", ["reference", "library", "kernel_sm80", "kernel_sm90"])
+@pytest.mark.parametrize("backend", ["reference", "library", "kernel_cpu", "kernel_sm80", "kernel_sm90"])
 @pytest.mark.parametrize("ids", ["first", "saturated"])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @torch.no_grad()

@@ -23,7 +23,7 @@ def shape_of(geometry, backend):
     return GEOMETRIES[geometry]
 
 
-@pytest.mark.parametrize("backend", ["reference", "kernel"])
+@pytest.mark.parametrize("backend", ["reference", "auto", "kernel"])
 @pytest.mark.parametrize("layer", ["any", "last"])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @torch.no_grad()

@@ -23,11 +23,11 @@ from echo_ext.ring import width_norm
 from echo_ext.rope import axis_pairs
 
 WASTES = {
-    "clone": "clone each layer's whole K and V cache in every call",
+    "clone": "clone each layer's whole K and V cache in every call, and write to clone and cache",
     "shift": "shift the window by copying when frames leave it",
     "rope": "rotate all cached keys again in every call of every layer, float64 complex",
     "concat": "concatenate sink, memory and local frames into fresh tensors",
-    "reproject": "project the memory's K and V again in every call of every layer",
+    "reproject": "project the memory's K and V again in every call",
     "indices": "read cache indices back from the device",
     "video": "allocate noise and output for the whole video up front",
     "embeddings": "embed text and timestep again in every call",
@@ -153,14 +153,23 @@ class NaiveKV(RingKV):
         output: bool = True,
     ) -> Tensor | None:
         """Append a block's K/V and attend; see :meth:`RingKV.attend`."""
-        self._make_room(layer, call)
+        kept, leaving = (self.k[layer], self.v[layer]), self._leaving(layer, call)
+        if "clone" in self._wastes:  # attended to, while the cache itself is brought up to date as well
+            self.k[layer], self.v[layer] = kept[0].clone(), kept[1].clone()
+        raw = [self.raw] if layer == len(self.k) - 1 and self.raw is not None else []
+        self._shift([self.k[layer], self.v[layer], *raw], leaving)
         q = self._append(layer, q, k, v, norms, call)
+        keys, values = self.k[layer], self.v[layer]
+        if "clone" in self._wastes:
+            self._shift(kept, leaving)
+            self._copy_call(kept, (keys, values), call)
+            self.k[layer], self.v[layer] = kept
         if not output:
             return None
         split, end = self._sink_end(call), self._ring_end(call)
         if "indices" in self._wastes:
             end = min(int(self._seen[layer]), self.config.window.window_frames) * self.tokens_per_frame
-        keys, values = self.k[layer][:, :end], self.v[layer][:, :end]
+        keys, values = keys[:, :end], values[:, :end]
         shift = call.shift
         if "rope" in self._wastes:
             q = self._rope(q, call.ids.query, self._rope.grid)
@@ -181,22 +190,31 @@ class NaiveKV(RingKV):
         k = self.k[-1] if self.raw is None else self.raw
         return [(k[:, first:last], self.v[-1][:, first:last])] if last > first else []
 
-    def _make_room(self, layer: int, call: Call) -> None:
-        """What happens to the cache before a write: the clone, and in a block's first call the shift."""
-        count, end = call.slots.evicted.frames, call.start + call.frames
+    def _leaving(self, layer: int, call: Call) -> int:
+        """Frames that leave the window in this call of this layer: in a block's first call; marks the call as seen."""
+        end = call.start + call.frames
         first_call = int(self._seen[layer]) < end  # a read from the device where the index is a tensor
-        if "clone" in self._wastes:
-            self.k[layer], self.v[layer] = self.k[layer].clone(), self.v[layer].clone()
-        if "shift" in self._wastes and first_call and count:
-            first = self.config.window.sink_frames * self.tokens_per_frame
-            moved = count * self.tokens_per_frame
-            raw = [self.raw] if layer == len(self.k) - 1 and self.raw is not None else []
-            for x in (self.k[layer], self.v[layer], *raw):
-                x[:, first:-moved] = x[:, first + moved :].clone()
         if "indices" in self._wastes:
             self._seen[layer].fill_(end)
         else:
             self._seen[layer] = end
+        return call.slots.evicted.frames if first_call else 0
+
+    def _shift(self, buffers: Sequence[Tensor], frames: int) -> None:
+        """Copy the window ``frames`` frames down, past the sink, where it shifts."""
+        if "shift" not in self._wastes or not frames:
+            return
+        first = self.config.window.sink_frames * self.tokens_per_frame
+        moved = frames * self.tokens_per_frame
+        for x in buffers:
+            x[:, first:-moved] = x[:, first + moved :].clone()
+
+    def _copy_call(self, to: KV, source: KV, call: Call) -> None:
+        """Copy the call's frames from a clone into the cache."""
+        for slot in self._slots(call)[0].tolist():
+            frame = slice(slot * self.tokens_per_frame, (slot + 1) * self.tokens_per_frame)
+            for cache, new in zip(to, source, strict=True):
+                cache[:, frame] = new[:, frame]
 
     def _slots(self, call: Call) -> Tensor:
         """Slots of the call's frames: the ring's, or the last ones of a window in frame order."""
@@ -249,7 +267,7 @@ class NaiveKV(RingKV):
 
 
 class NaiveMemory(StreamMemory):
-    """A :class:`StreamMemory` that projects or rotates its keys anew for every layer of every call."""
+    """A :class:`StreamMemory` that projects its keys in every call, or rotates them anew for every layer."""
 
     def __init__(self, module: EvolvingMemory, config: EchoConfig, rope: ComplexRope, wastes: frozenset[str]) -> None:
         super().__init__(module, config)
@@ -257,19 +275,20 @@ class NaiveMemory(StreamMemory):
         self._raw: tuple[int, tuple[Tensor, Tensor]] | None = None
 
     def read(self, call: Call) -> Sequence[KV] | None:
-        """Keys and values of every layer; made when a layer asks for them where that is wasted."""
+        """Keys and values of every layer; rotated when a layer asks for them where that is wasted."""
         if not self._wastes & {"rope", "reproject"}:
             return super().read(call)
         if not self.active or not len(call.ids.memory):
             return None
+        if "rope" not in self._wastes:
+            return self._by_layer(self._project(call))
+        if "reproject" in self._wastes or self._raw is None or self._raw[0] != self.writes:
+            self._raw = self.writes, self.module.read(self.state)
         return _PerLayer(self, call)
 
     def layer(self, layer: int, call: Call) -> KV:
-        """Keys and values of one layer, from the state."""
-        if "rope" not in self._wastes:
-            return self._by_layer(self._project(call))[layer]
-        if "reproject" in self._wastes or self._raw is None or self._raw[0] != self.writes:
-            self._raw = self.writes, self.module.read(self.state)
+        """Keys, rotated now, and values of one layer."""
+        assert self._raw is not None
         group = self.module.config.group_of(layer, self.config.model.layers)
         k, v = (x[group] for x in self._raw[1])
         return self._rope(k, call.ids.memory, self._rope.memory_grid), v

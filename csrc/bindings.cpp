@@ -273,6 +273,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("with_sm90a") = false;
 #endif
   m.def("device_info", &device_lines);
+#ifdef ECHO_EXT_CPU_KERNELS
+  define_cpu_ops(m);
+#endif
   m.def("describe", [](const py::tuple& x) { return describe(view("x", x)); }, py::arg("x"));
 #if defined(ECHO_EXT_WITH_CUDA) || defined(SIMT_HOST)
   m.def("rope_rotate_fwd", &rope_rotate, py::arg("x"), py::arg("frame_table"), py::arg("grid_table"),

@@ -82,4 +82,5 @@ class Call {
 };
 
 void define_token_ops(py::module_& m);
+void define_cpu_ops(py::module_& m);
 }  // namespace echo

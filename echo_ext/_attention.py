@@ -8,13 +8,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from echo_ext import _native
+from echo_ext import _cpu, _native
 from echo_ext._dispatch import why_not_kernel
 from echo_ext.rope import why_not_table
 
-Backend = Literal["auto", "kernel", "kernel_sm90", "kernel_sm80", "library", "reference"]
-Way = Literal["kernel_sm90", "kernel_sm80", "library", "reference"]
-BACKENDS = ("auto", "kernel", "kernel_sm90", "kernel_sm80", "library", "reference")
+Backend = Literal["auto", "kernel", "kernel_sm90", "kernel_sm80", "kernel_cpu", "library", "reference"]
+Way = Literal["kernel_sm90", "kernel_sm80", "kernel_cpu", "library", "reference"]
+BACKENDS = ("auto", "kernel", "kernel_sm90", "kernel_sm80", "kernel_cpu", "library", "reference")
 
 
 class Inputs(NamedTuple):
@@ -48,16 +48,15 @@ def choose(backend: Backend, x: Inputs) -> Way:
         raise ValueError(f"stream_attention: backend must be {names} or {BACKENDS[-1]!r}, got {backend!r}")
     if backend == "library" or backend == "reference":
         return backend
-    if backend == "kernel_sm80" or backend == "kernel_sm90":
+    if backend == "kernel_sm80" or backend == "kernel_sm90" or backend == "kernel_cpu":
         if reason := _WHY_NOT[backend](x):
             raise RuntimeError(f"stream_attention: {backend} can't run: {reason}")
         return backend
-    reasons = {name: why_not(x) for name, why_not in _WHY_NOT.items()}
-    for name, reason in reasons.items():
-        if reason is None:
+    for name, why_not in _WHY_NOT.items():
+        if (backend == "auto" or name != "kernel_cpu") and why_not(x) is None:
             return name
     if backend == "kernel":
-        raise RuntimeError(f"stream_attention: kernel can't run: {reasons['kernel_sm80']}")
+        raise RuntimeError(f"stream_attention: kernel can't run: {why_not_kernel_sm80(x)}")
     return "reference"
 
 
@@ -71,6 +70,12 @@ def on_device(device: int) -> str:
 
 def run(name: Way, x: Inputs) -> tuple[Tensor, Tensor]:
     """Launch a kernel that :func:`choose` named; output ``(B, Tq, H, d)`` and LSE ``(B, H, Tq)``."""
+    if name == "kernel_cpu":
+        tiers = {tier: (k, v) for tier, k, v in x.runs}
+        sink, memory, ring = (tiers.get(tier) for tier in ("sink", "memory", "ring"))
+        out, lse = _cpu.attention(x.q, x.shift, sink, memory, ring, x.scale, want_lse=True)
+        assert lse is not None
+        return out, lse
     sm90 = name == "kernel_sm90"
     b, t, h, _ = x.q.shape
     out = x.q.new_empty(x.q.shape)
@@ -137,6 +142,10 @@ def _why_not_sm90(x: Inputs) -> str | None:
     return _why_not_hopper(x.q.device.index)
 
 
+def _why_not_cpu(x: Inputs) -> str | None:
+    return _cpu.why_not_attention(x.q, x.shift, x.scale)
+
+
 def _why_not_hopper(device: int) -> str | None:
     if not _native.module().with_sm90a:
         return "this build has no kernels for sm_90a"
@@ -150,4 +159,8 @@ def _steps(x: Tensor) -> list[int]:
 
 
 # In the order of preference where several can run.
-_WHY_NOT: dict[Way, Callable[[Inputs], str | None]] = {"kernel_sm90": _why_not_sm90, "kernel_sm80": why_not_kernel_sm80}
+_WHY_NOT: dict[Way, Callable[[Inputs], str | None]] = {
+    "kernel_sm90": _why_not_sm90,
+    "kernel_sm80": why_not_kernel_sm80,
+    "kernel_cpu": _why_not_cpu,
+}

@@ -57,7 +57,10 @@ def why_not_vectors(tensors: Mapping[str, Tensor | None]) -> str | None:
 def register(
     lib: torch.library.Library, op: str, *, kernel: Callable[..., Any], reference: Callable[..., Any], fake: Callable
 ) -> None:
-    """Make ``kernel`` the op on CUDA and ``reference`` on the CPU, except where kernels are emulated there."""
+    """Make ``kernel`` the op on CUDA and ``reference`` on the CPU, except where kernels are emulated there.
+
+    On the CPU the reference may take a kernel for CPUs.
+    """
 
     def on_cpu(*args: Any) -> Any:
         return (kernel if _native.emulated() else reference)(*args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,13 +66,35 @@ def _probe() -> str:
     return _C.driver_error()  # such as a driver older than the toolkit, or a chip no kernel was built for
 
 
-def build_info() -> dict[str, object]:
+def why_no_cpu_kernels(dtype: torch.dtype) -> str:
+    """Return "" if CPU kernels run here in ``dtype``, else the reason."""
+    if _C is None:
+        return _NOT_BUILT
+    if not hasattr(_C, "cpu_isa"):
+        return "this build has no CPU kernels"
+    if dtype not in DTYPE_CODE or _C.cpu_isa(DTYPE_CODE[dtype]) == "none":
+        return f"no CPU kernel is built for {dtype} and this CPU"
+    return ""
+
+
+why_no_cpu_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def cpu_has_amx() -> bool:
+    """Whether the CPU has AMX in bfloat16, which PyTorch's attention uses and no kernel here does."""
+    return _C is not None and getattr(_C, "cpu_has_amx_bf16", False)
+
+
+cpu_has_amx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def build_info() -> dict[str, Any]:
     """Say what was built and what this machine can run; safe to call anywhere.
 
     Returns:
         ``cuda`` toolkit version or None, ``archs`` the kernels were built for, ``devices`` one line a CUDA device,
-        ``attention`` which attention each would run and why, ``why_no_kernels`` the reason the reference is used
-        everywhere, "" where kernels run.
+        ``attention`` which attention each would run and why, ``why_no_kernels`` the reason no CUDA kernel runs, ""
+        where they do; ``cpu`` by dtype the instruction set that CPU kernels run with, or "PyTorch" and the reason.
     """
     from echo_ext._attention import on_device  # it imports this module
 
@@ -79,7 +102,18 @@ def build_info() -> dict[str, object]:
     reason = why_no_kernels()
     devices = _C.device_info() if _C and not reason else ()
     attention = tuple(on_device(i) for i in range(len(devices)))
-    return {"cuda": cuda, "archs": archs, "devices": devices, "attention": attention, "why_no_kernels": reason}
+    cpu = {}
+    for dtype, code in DTYPE_CODE.items():
+        why_not = why_no_cpu_kernels(dtype)
+        cpu[str(dtype).removeprefix("torch.")] = f"PyTorch: {why_not}" if why_not else module().cpu_isa(code)
+    return {
+        "cuda": cuda,
+        "archs": archs,
+        "devices": devices,
+        "attention": attention,
+        "why_no_kernels": reason,
+        "cpu": cpu,
+    }
 
 
 def module() -> ModuleType:

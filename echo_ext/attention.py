@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from echo_ext import _attention
+from echo_ext import _attention, _cpu
 from echo_ext._attention import Backend
 from echo_ext._dispatch import register
 from echo_ext.rope import axis_pairs, expand_shift, frame_table, rotate_pairs
@@ -45,9 +46,10 @@ def stream_attention(
         shift: ``(B or 1, n_t, 2)`` float32 cos and sin of (relative - absolute id), see :func:`frame_shift`;
             None where the two agree.
         scale: score scale; default ``d ** -0.5``.
-        backend: ``"kernel_sm90"`` and ``"kernel_sm80"`` name a CUDA kernel, ``"kernel"`` the better one; they raise
-            where it can't run. ``"library"``: the library's attention on each tier, joined by their log-sum-exps.
-            ``"reference"``: the same in PyTorch's plainest form. ``"auto"``: a kernel, or else the reference.
+        backend: ``"kernel_sm90"`` and ``"kernel_sm80"`` name a CUDA kernel, ``"kernel"`` the better one,
+            ``"kernel_cpu"`` that for x86 CPUs; they raise where it can't run. ``"library"``: the library's attention on each tier,
+            joined by their log-sum-exps. ``"reference"``: the same in PyTorch's plainest form. ``"auto"``: a kernel
+            (on the CPU where no gradient is wanted), or else the reference.
 
     Returns:
         ``(B, Tq, H, d)`` in ``q.dtype``. Softmax in float32. Differentiable.
@@ -64,14 +66,50 @@ def stream_attention(
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *tensors))
     sink_k, sink_v, memory_k, memory_v, ring_k, ring_v = tensors
     args = (q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)
-    way = _attention.choose(backend, _inputs(*args))
-    if way == "reference" and wants_grad:
+    x = _inputs(*args)
+    way = _attention.choose(backend, x)
+    if wants_grad and (way == "reference" or (way == "kernel_cpu" and backend == "auto")):
         return stream_attention_ref(*args)[0]
     if wants_grad:  # of the library's LSEs there is none
         return _StreamAttention.apply(*args, backend)
     if way in ("library", "reference"):
         return _merge_tiers(*args, fastest=way == "library")[0]
+    if way == "kernel_cpu" and not torch.compiler.is_compiling():
+        return _cpu.attention(q, shift, sink, memory, ring, scale)[0]
     return torch.ops.echo_ext.stream_attention(*args, backend)[0]
+
+
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, padding: int, *, scale: float | None = None) -> Tensor:
+    """Attend to keys whose last ``padding`` ones are the same, as are their values: a padded text.
+
+    ``softmax(q K^T * scale) V``. On the CPU, where no gradient is wanted, one key stands for the padding and its weight
+    counts ``padding`` times, which is the same sum.
+
+    Args:
+        q: ``(B, Tq, H, d)`` with a contiguous last dim.
+        k: ``(B, T, H, d)``, any strides with a contiguous last dim; ``v`` likewise.
+        padding: how many of the last tokens are equal; 0 and 1 say nothing.
+        scale: score scale; default ``d ** -0.5``.
+
+    Returns:
+        ``(B, Tq, H, d)`` in ``q.dtype``. Differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or ``padding`` is not in ``0 .. T``.
+
+    Source: docs/method.md section 5, text.
+    """
+    _check(q, None, {"text": (k, v)})
+    if not 0 <= padding <= k.shape[1]:
+        raise ValueError(f"padding must be in 0 .. {k.shape[1]}, the number of keys, got {padding}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if wants_grad or torch.compiler.is_compiling() or _cpu.why_not_attention(q, None, scale) is not None:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    count = max(padding, 1)
+    read = k.shape[1] - count + 1
+    return _cpu.attention(q, None, None, None, (k[:, :read], v[:, :read]), scale, last_count=count)[0]
 
 
 def frame_shift(
@@ -278,4 +316,22 @@ def _kernel(
     return _attention.run(way, x)
 
 
-register(_LIB, "stream_attention", kernel=_kernel, reference=_impl, fake=_fake)
+def _on_cpu(
+    q: Tensor,
+    shift: Tensor | None,
+    sink_k: Tensor | None,
+    sink_v: Tensor | None,
+    memory_k: Tensor | None,
+    memory_v: Tensor | None,
+    ring_k: Tensor | None,
+    ring_v: Tensor | None,
+    scale: float,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    args = (q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)
+    x = _inputs(*args)
+    way = _attention.choose(backend, x)
+    return _attention.run(way, x) if way == "kernel_cpu" else _impl(*args, way)
+
+
+register(_LIB, "stream_attention", kernel=_kernel, reference=_on_cpu, fake=_fake)

@@ -14,6 +14,7 @@ from echo_ext._autograd import recompute
 from echo_ext._dispatch import MAX_ROW_BYTES, Backend, register, use_reference, why_not_kernel, why_not_vectors
 from echo_ext.attention import stream_attention
 from echo_ext.gate import gate_blend
+from echo_ext.linear import linear
 from echo_ext.rope import check_tables, rope_rotate, rope_rotate_ref, why_not_table
 
 Segment = tuple[Tensor, Tensor]
@@ -96,7 +97,7 @@ def memory_xattn(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     args = (q, keys, values, norm_weight, eps, scale, q_frames, q_grid)
     if use_reference("memory_xattn", backend, _why_not_kernel(*args)):
-        return _read_in_place(*args)
+        return _read_in_place(*args, backend)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, norm_weight, *keys, *values)):
         return _MemoryXAttn.apply(len(keys), eps, scale, q_frames, q_grid, q, norm_weight, *keys, *values)
     return torch.ops.echo_ext.memory_xattn(*args)
@@ -130,14 +131,15 @@ def _read_in_place(
     scale: float,
     q_frames: Tensor | None,
     q_grid: Tensor | None,
+    backend: Backend = "reference",
 ) -> Tensor:
     """The fallback: the library's attention on each segment where it lies, several joined as tiers of a stream are."""
     q = _norm_and_rotate(q, norm_weight, eps, q_frames, q_grid)
-    if len(keys) == 1:
+    if len(keys) == 1 and torch.is_grad_enabled():
         q, k, v = (x.transpose(1, 2) for x in (q, keys[0], values[0]))  # (B, H, T, d): views
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-    sink, memory, ring = [*zip(keys, values, strict=True), None][:_MAX_SEGMENTS]
-    return stream_attention(q, sink=sink, memory=memory, ring=ring, scale=scale, backend="reference")
+    sink, memory, ring = [*zip(keys, values, strict=True), None, None][:_MAX_SEGMENTS]
+    return stream_attention(q, sink=sink, memory=memory, ring=ring, scale=scale, backend=backend)
 
 
 def _norm_and_rotate(
@@ -198,18 +200,18 @@ def memory_write(
         q_rope = q_rope[0].repeat(1, groups, 1, 1), q_rope[1]
     x = state.transpose(0, 1).reshape(batch, groups * tokens, width)  # a view for one group
     for layer in layers:
-        q = F.linear(_norm(x, layer.norm1, eps), layer.q_weight, layer.q_bias)
+        q = linear(_norm(x, layer.norm1, eps), layer.q_weight, layer.q_bias)
         q = q.unflatten(-1, (heads, width // heads)).to(dtype)
         read = memory_xattn(q, segments, norm_weight=layer.norm_q, eps=eps, q_rope=q_rope, backend=backend)
-        x = x + F.linear(read.flatten(2).to(layer.o_weight.dtype), layer.o_weight, layer.o_bias)
-        hidden = F.linear(_norm(x, layer.norm2, eps), layer.up_weight, layer.up_bias)
-        x = x + F.linear(F.gelu(hidden, approximate="tanh"), layer.down_weight, layer.down_bias)
+        x = x + linear(read.flatten(2).to(layer.o_weight.dtype), layer.o_weight, layer.o_bias)
+        hidden = linear(_norm(x, layer.norm2, eps), layer.up_weight, layer.up_bias, gelu=True)
+        x = x + linear(hidden, layer.down_weight, layer.down_bias)
     x = x.unflatten(1, (groups, tokens)).transpose(0, 1)  # (G, B, T, D)
     if gates is not None:
         written = []
         for old, new, gate in zip(state, x, gates, strict=True):
-            hidden = F.linear(new.to(gate.in_weight.dtype), gate.in_weight, gate.in_bias)
-            proposal = F.linear(F.gelu(hidden, approximate="tanh"), gate.out_weight, gate.out_bias)
+            hidden = linear(new.to(gate.in_weight.dtype), gate.in_weight, gate.in_bias, gelu=True)
+            proposal = linear(hidden, gate.out_weight, gate.out_bias)
             proposal = _norm(proposal, gate.norm, eps).to(state.dtype)
             written.append(gate_blend(old, proposal, gate.gate_weight, gate.gate_bias, backend=backend))
         x = torch.stack(written) if groups > 1 else written[0].unsqueeze(0)

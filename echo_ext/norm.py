@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from echo_ext import _native
+from echo_ext import _cpu, _native
 from echo_ext._autograd import recompute
 from echo_ext._dispatch import MAX_ROW_BYTES, Backend, register, use_reference, why_not_kernel, why_not_vectors
 
@@ -42,6 +42,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, back
     """
     _check(x, None, None, shift, scale)
     if use_reference("modulate", backend, _why_not_kernel("modulate", x, None, None, shift, scale)):
+        if _takes_cpu(backend, x, shift, scale):
+            return _cpu.gated_modulate(x, None, None, shift, scale, eps)[1]
         return modulate_ref(x, shift, scale, eps)
     if torch.is_grad_enabled() and (x.requires_grad or shift.requires_grad or scale.requires_grad):
         return _Modulate.apply(x, shift, scale, eps)
@@ -68,6 +70,8 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: Backend = "auto") 
     """
     _check(x, y, gate)
     if use_reference("gated_add", backend, _why_not_kernel("gated_add", x, y, gate)):
+        if _takes_cpu(backend, x, y, gate):
+            return _cpu.gated_modulate(x, y, gate, None, None)[0]
         return gated_add_ref(x, y, gate)
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or gate.requires_grad):
         return _GatedAdd.apply(x, y, gate)
@@ -109,10 +113,30 @@ def gated_modulate(
     """
     _check(x, y, gate, shift, scale)
     if use_reference("gated_modulate", backend, _why_not_kernel("gated_modulate", x, y, gate, shift, scale)):
+        if _takes_cpu(backend, x, y, gate, shift, scale):
+            return _cpu.gated_modulate(x, y, gate, shift, scale, eps)
         return gated_modulate_ref(x, y, gate, shift, scale, eps)
     if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, y, gate, shift, scale)):
         return _GatedModulate.apply(x, y, gate, shift, scale, eps)
     return torch.ops.echo_ext.gated_modulate(x, y, gate, shift, scale, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """Divide each token by its root mean square and scale it.
+
+    Args:
+        x: ``(B, T, D)``.
+        weight: ``(D,)``.
+        eps: added to the mean square.
+
+    Returns:
+        ``(B, T, D)`` in ``x.dtype``. Differentiable. On the CPU, where no gradient is wanted, in one pass.
+
+    Source: docs/method.md section 5, norms of queries and keys.
+    """
+    if x.ndim == 3 and _takes_cpu("auto", x, weight):
+        return _cpu.rms_norm(x, weight, eps)
+    return torch.rms_norm(x, weight.shape, weight, eps)
 
 
 def modulate_ref(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -188,6 +212,15 @@ def _why_not_kernel(
     if x.shape[2] * x.element_size() > MAX_ROW_BYTES:
         return f"a token of {x.shape[2]} {x.dtype} is wider than {MAX_ROW_BYTES} bytes"
     return why_not_vectors(tensors)
+
+
+def _takes_cpu(backend: Backend, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernel for CPUs runs: it has no gradient, and a compiler can't see into it."""
+    if backend != "auto" or not x.is_cpu or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, *others)):
+        return False
+    return _cpu.why_not_norm(x, *others) is None
 
 
 class _Modulate(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from echo_ext import _native
+from echo_ext import _cpu, _native
 from echo_ext._dispatch import MAX_ROW_BYTES, Backend, register, use_reference, why_not_kernel, why_not_vectors
 from echo_ext.rope import check_tables, expand_tables, rotate_pairs, why_not_table
 
@@ -106,7 +106,8 @@ def ring_append(
         ring_raw: like ``ring_k``, keys before rotation; only the layer whose evicted keys feed the memory needs it.
         key_frame_table: angles for the keys where they differ from the queries' (re-cached sink slots).
         eps: of the norms.
-        backend: ``"kernel"`` raises where the CUDA kernel can't run; ``"auto"`` falls back.
+        backend: ``"kernel"`` raises where the CUDA kernel can't run; ``"auto"`` falls back to the CPU kernel and to
+            PyTorch; ``"reference"`` is PyTorch.
 
     Returns:
         ``(B, F * T_f, H, d)`` rotated queries in ``q.dtype``; norm and rotation in float32.
@@ -137,6 +138,8 @@ def ring_append(
         eps,
     )
     if use_reference("ring_append", backend, _why_not_kernel(args)):
+        if backend == "auto" and _cpu.why_not_append(*args) is None:
+            return torch.ops.echo_ext.ring_append(*args) if torch.compiler.is_compiling() else _cpu.append(*args)
         return ring_append_ref(*args)
     return torch.ops.echo_ext.ring_append(*args)
 
@@ -272,10 +275,14 @@ def _kernel(
     return out
 
 
+def _on_cpu(*args: Any) -> Tensor:
+    return ring_append_ref(*args) if _cpu.why_not_append(*args) else _cpu.append(*args)
+
+
 register(
     _LIB,
     "ring_append",
     kernel=_kernel,
-    reference=ring_append_ref,
+    reference=_on_cpu,
     fake=lambda q, *rest: q.new_empty(q.shape),
 )

@@ -8,7 +8,7 @@ from attention_cases import TIERS, one_softmax, positional
 from numerics import assert_no_worse_than, assert_same_bits
 
 from echo_ext import _attention, _native
-from echo_ext.attention import frame_shift, stream_attention, stream_attention_ref
+from echo_ext.attention import frame_shift, padded_attention, stream_attention, stream_attention_ref
 from echo_ext.rope import frame_table, grid_table, rope_rotate
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -156,6 +156,28 @@ def test_scale_can_be_chosen():
     args = make(SHAPES[1])
     exact, _ = one_softmax(**args, scale=0.9)
     assert_no_worse_than(stream_attention(**args, scale=0.9), exact.float(), exact)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2, 11, 12])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_padding_that_is_all_the_same_changes_nothing(dtype, padding):
+    q, k, v = (torch.randn(2, n, 3, 16).to(dtype) for n in (5, 12, 12))
+    for x in (k, v):
+        x[:, 12 - padding :] = x[:, -1:].clone()
+    exact, _ = one_softmax(q, ring=(k, v))
+    assert_no_worse_than(padded_attention(q, k, v, padding), exact.to(dtype), exact)
+
+
+def test_gradients_of_padded_attention():
+    q, k, v = (torch.randn(1, n, 2, 4, dtype=torch.float64, requires_grad=True) for n in (2, 3, 3))
+    assert torch.autograd.gradcheck(lambda *args: padded_attention(*args, 2), (q, k, v))
+
+
+@pytest.mark.parametrize("padding", [-1, 13])
+def test_padding_beyond_the_keys_is_refused(padding):
+    x = torch.randn(2, 12, 3, 16)
+    with pytest.raises(ValueError, match=rf"padding must be in 0 .. 12, the number of keys, got {padding}"):
+        padded_attention(x, x, x, padding)
 
 
 GRADIENTS = [(TIERS, True), (TIERS, False), (("ring",), True)]

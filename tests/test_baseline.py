@@ -71,6 +71,7 @@ def test_without_wastes_it_is_the_engine(naive, generator, embeddings, engine_bl
         *[[name] for name in ("clone", "shift", "rope", "concat", "reproject", "indices", "video")],
         ["embeddings"],
         ["context"],
+        ["clone", "shift"],
         ["shift", "rope"],
         ["rope", "concat"],
         ["rope", "reproject"],

@@ -72,7 +72,7 @@ def narrow_weights(model: CausalDiT) -> CausalDiT:
     for block in model.layers():
         for module in list(block.modules()):
             for name, child in module.named_children():
-                if type(child) is nn.Linear:
+                if isinstance(child, nn.Linear):
                     setattr(module, name, Fp8Linear(child))
     return model
 

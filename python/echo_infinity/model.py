@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -11,11 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
-from echo_ext import gated_add, gated_modulate, modulate
+from echo_ext import gated_add, gated_modulate, linear, modulate, padded_attention, rms_norm
 from echo_infinity.cache import KV, Call
 from echo_infinity.config import ModelConfig
-
-_FUSED_WEIGHTS = 1 << 18  # below, the fused op's own overhead eats its gain
 
 
 class Cache(Protocol):
@@ -40,6 +37,12 @@ class Conditioning(NamedTuple):
 
     layers: list[tuple[Tensor, ...]]  # per layer shift, 1 + scale, gate, twice: 6 x (B, F, 1, D)
     head: tuple[Tensor, Tensor]  # shift, 1 + scale: (B, F, 1, D)
+
+
+class TextKV(KV):
+    """Keys and values of an embedded prompt, which know that their last ``padding`` tokens are one and the same."""
+
+    padding = 0
 
 
 class CausalDiT(nn.Module):
@@ -91,7 +94,12 @@ class CausalDiT(nn.Module):
             )
         padded = nnf.pad(embeddings, (0, 0, 0, c.text_tokens - embeddings.shape[1]))
         context = self.text_embedding(padded.to(self.dtype))
-        return [block.encode_text(context) for block in self.layers()]
+        written = padded.ne(0).any(dim=-1).any(dim=0).nonzero()  # tokens that hold a word of any prompt
+        padding = c.text_tokens - (int(written[-1]) + 1 if len(written) else 0)
+        texts = [TextKV(block.encode_text(context)) for block in self.layers()]
+        for text in texts:
+            text.padding = padding
+        return list(texts)
 
     def condition(self, t: Tensor) -> Conditioning:
         """Turn timesteps into each layer's shifts, scales and gates.
@@ -150,7 +158,7 @@ class CausalDiT(nn.Module):
         b, f, c, height, width = x.shape
         patches = x.reshape(b, f, c, height // ph, ph, width // pw, pw).permute(0, 1, 3, 5, 2, 4, 6)
         weight = self.patch_embedding.weight.flatten(1)  # (D, C * ph * pw)
-        return nnf.linear(patches.reshape(b, -1, weight.shape[1]), weight, self.patch_embedding.bias)  # (B, T, D)
+        return linear(patches.reshape(b, -1, weight.shape[1]), weight, self.patch_embedding.bias)  # (B, T, D)
 
     def _unpatchify(self, x: Tensor, frames: int, rows: int, columns: int) -> Tensor:
         _, ph, pw = self.config.patch
@@ -223,7 +231,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         d = config.width
         self.heads = config.heads
-        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(d, d) for _ in range(4))
         self.norm_q = nn.RMSNorm(d, eps=config.eps)
         self.norm_k = nn.RMSNorm(d, eps=config.eps)
 
@@ -240,7 +248,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         d = config.width
         self.heads = config.heads
-        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(d, d) for _ in range(4))
         self.norm_q = nn.RMSNorm(d, eps=config.eps)
         self.norm_k = nn.RMSNorm(d, eps=config.eps)
 
@@ -251,18 +259,24 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, text: KV) -> Tensor:
         q = _normalise(self.norm_q, self.q(x)).unflatten(-1, (self.heads, -1))
-        q, k, v = (y.transpose(1, 2) for y in (q, text[0].to(q.dtype), text[1].to(q.dtype)))
-        return self.o(nnf.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+        k, v = (y.to(q.dtype).expand(q.shape[0], -1, -1, -1) for y in text)
+        padding = text.padding if isinstance(text, TextKV) else 0
+        return self.o(padded_attention(q, k, v, padding).flatten(-2))
+
+
+class Linear(nn.Linear):
+    """A linear layer that takes the fastest product of the device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class FeedForward(nn.Sequential):
-    """Linear, GELU, linear; on the CPU the library applies the GELU to the product before it leaves the cache."""
+    """Linear, GELU, linear; the first two in one call, unless another layer stands in for the first."""
 
     def forward(self, x: Tensor) -> Tensor:
         up, gelu, down = self
-        if not _fuses_gelu(x, up):
-            return down(gelu(up(x)))
-        return down(torch.ops.mkldnn._linear_pointwise(x, up.weight, up.bias, "gelu", [], "tanh"))
+        return down(linear(x, up.weight, up.bias, gelu=True) if type(up) is Linear else gelu(up(x)))
 
 
 class Head(nn.Module):
@@ -272,7 +286,7 @@ class Head(nn.Module):
         super().__init__()
         self.eps = eps
         self.modulation = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
-        self.head = nn.Linear(width, out)
+        self.head = Linear(width, out)
 
     def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
         return self.head(modulate(x, *modulation, self.eps))
@@ -287,7 +301,8 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
 
 
 def _normalise(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    return norm(x.to(norm.weight.dtype))  # under autocast x is narrower than the weight, which torch only does slowly
+    x = x.to(norm.weight.dtype)  # under autocast x is narrower than the weight, which torch only does slowly
+    return rms_norm(x, norm.weight, norm.eps or 0.0)
 
 
 def _recompute(function: Callable[..., Any], *args: Any) -> Any:
@@ -295,23 +310,7 @@ def _recompute(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _mlp(width: int, hidden: int, out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, out))
-
-
-def _fuses_gelu(x: Tensor, up: nn.Module) -> bool:
-    """Whether the library's fused product and GELU can stand in for a plain ``up`` that wants no gradient."""
-    if x.device.type != "cpu" or type(up) is not nn.Linear or torch.compiler.is_compiling():
-        return False
-    if x.dtype != up.weight.dtype or (torch.is_grad_enabled() and (x.requires_grad or up.weight.requires_grad)):
-        return False
-    return up.weight.numel() >= _FUSED_WEIGHTS and x.dtype in _fused_dtypes()
-
-
-@functools.cache
-def _fused_dtypes() -> tuple[torch.dtype, ...]:
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return ()
-    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
+    return nn.Sequential(Linear(width, hidden), nn.GELU(approximate="tanh"), Linear(hidden, out))
 
 
 def _modulation(own: Tensor, e0: Tensor) -> tuple[Tensor, ...]:

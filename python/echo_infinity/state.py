@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from echo_ext import build_info
 from echo_infinity.video import VideoPosition
 
 FORMAT = 1
@@ -136,7 +137,11 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return what a bit-exact continuation needs beside weights and configuration."""
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    if device.type == "cuda":
+        kind = torch.cuda.get_device_name(device)
+    else:
+        kernels = build_info()["cpu"]["bfloat16"].partition(":")[0]  # the best instruction set, or "PyTorch"
+        kind = f"{torch.backends.cpu.get_cpu_capability()}, kernels {kernels}"
     return {
         "torch": torch.__version__,
         "device": f"{device.type} {kind}",

@@ -86,6 +86,24 @@ def test_short_prompts_are_padded_with_zeros_that_are_attended_to(micro):
         assert v[:, 3:].abs().max() > 0  # the embedding's biases: what training saw
 
 
+@pytest.mark.parametrize(("words", "padding"), [(5, 0), (3, 2), (1, 4), (0, 5)])
+@torch.no_grad()
+def test_padding_of_a_prompt_is_counted_whoever_padded_it(micro, words, padding):
+    short = torch.randn(2, words, 8)
+    short[0, 1:] = 0  # the longer prompt decides
+    for given in (short, nnf.pad(short, (0, 0, 0, 5 - words))):
+        assert [text.padding for text in micro[0].encode_text(given)] == [padding] * 3
+
+
+@torch.no_grad()
+def test_one_token_of_padding_stands_for_all(micro):
+    model, config, _ = micro
+    x, level, call = torch.randn(1, 3, 4, 6, 8), model.condition(torch.zeros(1, 1)), Geometry(config).call(0, 3)
+    text = model.encode_text(torch.randn(1, 2, 8))
+    out, whole = (model(x, level, t, RingKV(config), call) for t in (text, [tuple(pair) for pair in text]))
+    assert_no_worse_than(out, whole, whole)
+
+
 @pytest.mark.parametrize("shape", [(1, 6, 8), (1, 5, 7), (5, 8)])
 def test_text_of_another_shape_is_an_error(micro, shape):
     with pytest.raises(ValueError, match=re.escape(f"text embeddings must be (B, <= 5, 8), got {shape}")):

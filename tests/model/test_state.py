@@ -163,6 +163,13 @@ def test_another_environment_is_named_in_a_warning(path):
         small_pipe().resume(path)
 
 
+def test_other_cpu_kernels_are_named_in_a_warning(path, monkeypatch):
+    small_pipe().stream(CIRCLE).save(path)
+    monkeypatch.setattr("echo_infinity.state.build_info", lambda: {"cpu": {"bfloat16": "PyTorch: never built"}})
+    with pytest.warns(ResumeWarning, match=r"device was cpu .*, is cpu .*, kernels PyTorch"):
+        small_pipe().resume(path)
+
+
 def test_another_dtype_is_named_in_a_warning(path, tmp_path):
     folder = save_small(tmp_path / "model")
     stream = EchoPipeline.from_pretrained(folder).stream(CIRCLE)

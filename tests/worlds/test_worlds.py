@@ -157,7 +157,8 @@ def test_colours_and_grounds_are_far_apart() -> None:
     distance = torch.cdist(palette, palette) + 1e3 * torch.eye(len(palette))
     assert distance.min() > 100
     for look in LOOKS:
-        scene = World.from_prompt(f"shapes drift in and out over a {look}").render(0, 1)[0].permute(1, 2, 0).reshape(-1, 3)
+        world = World.from_prompt(f"shapes drift in and out over a {look}")
+        scene = world.render(0, 1)[0].permute(1, 2, 0).reshape(-1, 3)
         assert torch.cdist(scene.float(), palette).min() > 80
     curtain = World.from_seed(0, "curtain").render(0, 1)[0].permute(1, 2, 0).reshape(-1, 3)
     assert (object_colour(curtain) == -1).all()

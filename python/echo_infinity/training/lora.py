@@ -48,7 +48,7 @@ def add_lora(model: CausalDiT, rank: int, alpha: float) -> None:
     model.requires_grad_(False)
     for block in model.layers():
         for name, child in list(block.named_modules()):
-            if type(child) is nn.Linear:
+            if isinstance(child, nn.Linear):
                 parent, _, leaf = name.rpartition(".")
                 setattr(block.get_submodule(parent), leaf, LoRALinear(child, rank, alpha))
 
