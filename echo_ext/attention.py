@@ -47,9 +47,9 @@ def stream_attention(
             None where the two agree.
         scale: score scale; default ``d ** -0.5``.
         backend: ``"kernel_sm90"`` and ``"kernel_sm80"`` name a CUDA kernel, ``"kernel"`` the better one,
-            ``"kernel_cpu"`` that for x86 CPUs; they raise where it can't run. ``"library"``: the library's attention on each tier,
-            joined by their log-sum-exps. ``"reference"``: the same in PyTorch's plainest form. ``"auto"``: a kernel
-            (on the CPU where no gradient is wanted), or else the reference.
+            ``"kernel_cpu"`` that for x86 CPUs; they raise where it can't run. ``"library"``: the library's attention on
+            each tier, joined by their log-sum-exps. ``"reference"``: the same in PyTorch's plainest form. ``"auto"``: a
+            kernel (on the CPU where no gradient is wanted), or else the reference.
 
     Returns:
         ``(B, Tq, H, d)`` in ``q.dtype``. Softmax in float32. Differentiable.
