@@ -19,7 +19,7 @@ from echo_infinity.weights import Checkpoint
 from echo_infinity.worlds import World, block_start
 from echo_infinity.worlds.grammar import NamedObject, parse
 
-SETTLE = 8.0  # seconds by which the real worlds' objects have come in
+SETTLE = 5.0  # seconds by which the real worlds' objects have come in
 _EVERY = 8  # frames: twice a second
 _HELD = 4  # judged frames in a row, two seconds, of which three must be right for a switch to count as done
 _KINDS = ("truth", "chance", "steady", "switch")
