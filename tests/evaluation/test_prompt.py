@@ -75,7 +75,7 @@ def test_resumed_after_a_kill_gives_the_same_rows(untrained, tmp_path):
 
 
 def test_videos_too_short_to_judge_are_refused():
-    with pytest.raises(ValueError, match="more than 8, by when objects have come in, got 8"):
-        PromptTest(seconds=8)
+    with pytest.raises(ValueError, match="more than 5, by when objects have come in, got 5"):
+        PromptTest(seconds=5)
     with pytest.raises(ValueError, match="at least 1 rollout"):
         PromptTest(rollouts=0)
