@@ -66,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latent-frames", type=int, default=defaults.latent_frames, help="latents a clip")
     parser.add_argument("--rate", type=float, default=defaults.rate, help="peak learning rate")
     parser.add_argument("--noise", type=float, default=defaults.noise, help="largest latent noise in training")
+    parser.add_argument(
+        "--colour-weight", type=float, default=defaults.colour_weight, help="extra weight of vivid pixels"
+    )
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--no-bf16", dest="bf16", action="store_false", help="compute in float32")
     parser.add_argument("--init", type=Path, help="start from this codec's weights")
