@@ -1,4 +1,5 @@
-// The kernels for CPUs; bindings.cpp holds those for GPUs.
+// The kernels for CPUs; bindings.cpp holds those for GPUs. Nothing where they are left out, as in emulated builds.
+#ifdef ECHO_EXT_CPU_KERNELS
 #include "attention/cpu/stream_attention_cpu.h"
 #include "bindings.h"
 #include "norm/cpu/norm_cpu.h"
@@ -242,3 +243,4 @@ void define_cpu_ops(py::module_& m) {
       py::arg("dtype"));
 }
 }  // namespace echo
+#endif
