@@ -1,4 +1,4 @@
-// The kernels for CPUs; bindings.cpp holds those for GPUs. Nothing where they are left out, as in emulated builds.
+// The kernels for CPUs; bindings.cpp holds those for GPUs. Nothing where they are left out, as in emulation.
 #ifdef ECHO_EXT_CPU_KERNELS
 #include "attention/cpu/stream_attention_cpu.h"
 #include "bindings.h"
