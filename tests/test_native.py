@@ -87,7 +87,15 @@ def test_a_device_without_kernels_has_no_streams():
 
 def test_emulated_module_stands_in_for_the_compiled_one(emulated):
     assert _native.module() is emulated.module
-    assert build_info() == {"cuda": None, "archs": "", "devices": (), "attention": (), "why_no_kernels": ""}
+    cpu = dict.fromkeys(("float32", "float16", "bfloat16"), "PyTorch: this build has no CPU kernels")
+    assert build_info() == {
+        "cuda": None,
+        "archs": "",
+        "devices": (),
+        "attention": (),
+        "why_no_kernels": "",
+        "cpu": cpu,
+    }
 
 
 @pytest.mark.gpu
