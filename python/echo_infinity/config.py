@@ -220,7 +220,7 @@ PRESETS = {
         latent_rows=8,
         latent_columns=8,
         memory=MemoryConfig(width=128, heads=2, frames=3, tokens_per_frame=16, gate_bias=0.5, positions=True),
-        sampler=SamplerConfig(shift=3.0, steps=(1000, 833, 667, 500, 333, 167), solver="euler"),
+        sampler=SamplerConfig(solver="euler"),
     ),
     "wan2.1-1.3b": EchoConfig(
         name="wan2.1-1.3b",
