@@ -38,6 +38,14 @@ def run(folder: Path, out: Path, ranks: Ranks) -> None:
     checkpoint = load_checkpoint(folder)
     pooled = EchoPipeline(checkpoint._replace(config=make_generator(checkpoint, "pooled").config), ranks=ranks)
     lead(pooled, lambda: _record(pooled, out, "pooled", {}))
+    try:
+        lead(EchoPipeline.from_pretrained(folder, ranks=ranks), _fail)
+    except KeyError as error:
+        (out / "failed").write_text(error.args[0])
+
+
+def _fail() -> None:
+    raise KeyError("the program's own")
 
 
 def _record(pipe: EchoPipeline, out: Path, name: str, switch: dict | None, **options: object) -> None:
