@@ -130,6 +130,7 @@ class RingKV:
         dtype: of keys and values.
         device: where the buffers live.
         full_layers: layers to make buffers for; default all.
+        heads: of the buffers; default the model's.
 
     Source: docs/method.md sections 2 and 3.
     """
@@ -142,11 +143,12 @@ class RingKV:
         device: torch.device | str | None = None,
         *,
         full_layers: int | None = None,
+        heads: int | None = None,
     ) -> None:
         m, w = config.model, config.window
         self.config = config
         self.tokens_per_frame = config.tokens_per_frame
-        shape = (batch, w.window_frames * self.tokens_per_frame, m.heads, m.head_dim)
+        shape = (batch, w.window_frames * self.tokens_per_frame, heads or m.heads, m.head_dim)
 
         def buffers(count: int) -> list[Tensor]:
             return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(count)]
@@ -162,7 +164,7 @@ class RingKV:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        norms: tuple[Tensor, Tensor],
+        norms: tuple[Tensor | None, Tensor | None],
         call: Call,
         memory: KV | None,
         *,
@@ -173,7 +175,7 @@ class RingKV:
         Args:
             layer: index of the transformer layer.
             q: ``(B, T, H, d)`` projected queries; ``k`` and ``v`` likewise.
-            norms: ``(D,)`` scales of the query and key norms.
+            norms: ``(D,)`` scales of the query and key norms; None where ``q`` and ``k`` are normalised already.
             call: plan of the block.
             memory: rotated memory keys and values ``(B, M * T_m, H, d)``, or None.
             output: False writes K/V and returns None (last layer of a context pass).

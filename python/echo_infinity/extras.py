@@ -6,7 +6,7 @@ import importlib
 from types import ModuleType
 
 # What each extra's library is needed for; pyproject.toml has the versions.
-_EXTRAS = {"transformers": "wan", "diffusers": "wan", "ftfy": "wan"}
+_EXTRAS = {"transformers": "wan", "diffusers": "wan", "ftfy": "wan", "ray": "ray"}
 
 
 class MissingExtraError(ImportError):

@@ -59,6 +59,16 @@ class FiniteWatch:
                 _raise_unless(bool(answer), block)
 
 
+class NoWatch(FiniteWatch):
+    """Asks nothing: another process does."""
+
+    def note(self, x: Tensor, block: int) -> None:
+        """Let it pass."""
+
+    def check(self, *, wait: bool = False) -> None:
+        """Let it pass."""
+
+
 def _raise_unless(finite: bool, block: int) -> None:
     if not finite:
         raise NonFiniteError(

@@ -88,6 +88,7 @@ class Fp8RingKV(RingKV):
         batch: ``B``.
         dtype: of keys and values in use.
         device: where the buffers live.
+        heads: of the buffers; default the model's.
     """
 
     def __init__(
@@ -96,8 +97,10 @@ class Fp8RingKV(RingKV):
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        *,
+        heads: int | None = None,
     ) -> None:
-        super().__init__(config, batch, dtype, device, full_layers=2)
+        super().__init__(config, batch, dtype, device, full_layers=2, heads=heads)
         narrowed = config.model.layers - 1
         shape = self.k[0].shape
         self._codes = [
@@ -113,7 +116,7 @@ class Fp8RingKV(RingKV):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        norms: tuple[Tensor, Tensor],
+        norms: tuple[Tensor | None, Tensor | None],
         call: Call,
         memory: KV | None,
         *,

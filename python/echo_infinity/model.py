@@ -141,29 +141,44 @@ class CausalDiT(nn.Module):
         Returns:
             ``(B, F, C, h, w)`` predicted flow, noise - x0.
         """
-        frames, rows, columns = x.shape[1], x.shape[3] // self.config.patch[1], x.shape[4] // self.config.patch[2]
-        h = self._patchify(x.to(self.patch_embedding.weight.dtype))
+        h = self.transform(self.patchify(x), conditioning, text, cache, call, memory, output=output)
+        return None if h is None else self.unpatchify(h, x.shape)
+
+    def transform(
+        self,
+        h: Tensor,
+        conditioning: Conditioning,
+        text: list[KV],
+        cache: Cache,
+        call: Call,
+        memory: Sequence[KV] | None = None,
+        *,
+        output: bool = True,
+    ) -> Tensor | None:
+        """Run a pass over tokens ``(B, T, D)``, as many of each frame, and return their flow's patches."""
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             kept = output or i < last
             h = block(
                 h, conditioning.layers[i], text[i], cache, i, call, None if memory is None else memory[i], output=kept
             )
-        if not output:
-            return None
-        return self._unpatchify(self.head(h, conditioning.head), frames, rows, columns)
+        return self.head(h, conditioning.head) if output else None
 
-    def _patchify(self, x: Tensor) -> Tensor:
+    def patchify(self, x: Tensor) -> Tensor:
+        """Embed the patches of latents ``(B, F, C, h, w)``, frame by frame and row by row: ``(B, T, D)``."""
         _, ph, pw = self.config.patch
         b, f, c, height, width = x.shape
+        x = x.to(self.dtype)
         patches = x.reshape(b, f, c, height // ph, ph, width // pw, pw).permute(0, 1, 3, 5, 2, 4, 6)
         weight = self.patch_embedding.weight.flatten(1)  # (D, C * ph * pw)
-        return linear(patches.reshape(b, -1, weight.shape[1]), weight, self.patch_embedding.bias)  # (B, T, D)
+        return linear(patches.reshape(b, -1, weight.shape[1]), weight, self.patch_embedding.bias)
 
-    def _unpatchify(self, x: Tensor, frames: int, rows: int, columns: int) -> Tensor:
+    def unpatchify(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """Put the patches ``(B, T, ph * pw * C)`` that the head gives together to latents of ``shape``."""
         _, ph, pw = self.config.patch
-        x = x.reshape(x.shape[0], frames, rows, columns, ph, pw, -1).permute(0, 1, 6, 2, 4, 3, 5)
-        return x.reshape(x.shape[0], frames, -1, rows * ph, columns * pw)
+        b, frames, _, height, width = shape
+        x = x.reshape(b, frames, height // ph, width // pw, ph, pw, -1).permute(0, 1, 6, 2, 4, 3, 5)
+        return x.reshape(b, frames, -1, height, width)
 
 
 class Block(nn.Module):

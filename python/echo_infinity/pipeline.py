@@ -14,9 +14,12 @@ from echo_infinity.cache import KV
 from echo_infinity.codec import SPACE_STRIDE, TIME_STRIDE
 from echo_infinity.fp8 import MODES, narrow_weights
 from echo_infinity.noise import Noise
+from echo_infinity.parallel.lead import Lead
+from echo_infinity.parallel.split import Split
 from echo_infinity.parts import LatentsOnly, PartOptions
 from echo_infinity.policies import POLICIES, make_generator
-from echo_infinity.sampler import Generator
+from echo_infinity.ranks import Ranks
+from echo_infinity.sampler import BlockSampler, Generator
 from echo_infinity.settings import Callback, PromptChange, StreamSettings, frame_count
 from echo_infinity.state import SavedStream, check_model, environment, read_state, warn_differences
 from echo_infinity.stream import Stream
@@ -32,6 +35,7 @@ class EchoPipeline:
         parts: which text encoder and decoder were asked for; kept with the source.
         weights: "full", or "fp8" to keep the transformer's linear layers in e4m3.
         kv: "full", or "fp8" to keep cached keys and values in e4m3.
+        ranks: processes that share the work of each stream, see :mod:`echo_infinity.parallel`.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class EchoPipeline:
         *,
         weights: str = "full",
         kv: str = "full",
+        ranks: Ranks | None = None,
     ) -> None:
         for name, mode in (("weights", weights), ("kv", kv)):
             if mode not in MODES:
@@ -55,6 +60,8 @@ class EchoPipeline:
         if weights == "fp8":
             narrow_weights(self.model)
         self._generators: dict[str, Generator] = {}
+        several = ranks is not None and ranks.mesh is not None
+        self.lead = Lead(Split(self.config, ranks)) if several and ranks is not None else None
 
     @classmethod
     def from_pretrained(
@@ -66,6 +73,7 @@ class EchoPipeline:
         relative_ids: bool | None = None,
         weights: str = "full",
         kv: str = "full",
+        ranks: Ranks | None = None,
         **parts: Any,
     ) -> EchoPipeline:
         """Load a model.
@@ -77,10 +85,12 @@ class EchoPipeline:
             relative_ids: override the configuration's relative (True) or absolute (False) frame ids, as an ablation.
             weights: "fp8" keeps the transformer's linear layers in e4m3 (docs/precision.md has the error).
             kv: "fp8" keeps cached keys and values in e4m3.
+            ranks: from :func:`echo_infinity.parallel.join_ranks`: all these processes share the work of each stream.
             parts: which text encoder and decoder, and how: fields of :class:`echo_infinity.parts.PartOptions`.
 
         Raises:
-            ValueError: unknown name, impossible geometry, or missing, corrupt or truncated files.
+            ValueError: unknown name, impossible geometry, or missing, corrupt or truncated files; or heads or tokens
+                can't be shared out among ``ranks``.
             FileNotFoundError: a checkpoint's file is missing.
             MissingExtraError: a part needs a library that is not installed.
         """
@@ -93,13 +103,15 @@ class EchoPipeline:
         if "text" in kept:
             kept["text"] = os.path.abspath(kept["text"])
         kept |= {name: mode for name, mode in (("weights", weights), ("kv", kv)) if mode != "full"}
-        return cls(checkpoint, source, kept, weights=weights, kv=kv)
+        return cls(checkpoint, source, kept, weights=weights, kv=kv, ranks=ranks)
 
     def environment(self) -> dict[str, Any]:
         """Return what a bit-exact continuation needs beside weights and configuration."""
         found = environment(self.device, self.dtype)
         narrowed = [name for name, mode in (("weights", self.weights), ("kv", self.kv)) if mode == "fp8"]
-        return found | ({"dtype": f"{found['dtype']}, fp8 {' and '.join(narrowed)}"} if narrowed else {})
+        processes = 1 if self.lead is None else self.lead.split.world
+        dtype = f"{found['dtype']}, fp8 {' and '.join(narrowed)}" if narrowed else found["dtype"]
+        return {**found, "dtype": dtype, "processes": processes}
 
     @property
     def fps(self) -> int:
@@ -236,6 +248,19 @@ class EchoPipeline:
             ValueError: empty, too long, or without a known word.
         """
         return self.model.encode_text(self._text.encode([prompt]))
+
+    def sampler(
+        self, memory: str, text: list[KV], noise: Noise, memory_dtype: torch.dtype | None = None
+    ) -> BlockSampler:
+        """Start a stream's sampler, on all processes where there are several.
+
+        Raises:
+            ValueError: memory asked of a model without one, or this is not the first process.
+            ProcessesError: another process failed or ended.
+        """
+        if self.lead is not None:
+            return self.lead.sampler(self, memory, text, noise, memory_dtype)
+        return BlockSampler(self.generator(memory), text, noise, memory_dtype=memory_dtype)
 
     def generator(self, memory: str) -> Generator:
         """Return what the streams with this memory ("on", "off", "frozen") share.

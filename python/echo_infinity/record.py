@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from echo_infinity.finite import NonFiniteError
+from echo_infinity.parallel import ProcessesError
 from echo_infinity.state import SavedVideo
 from echo_infinity.stream import Stream
 from echo_infinity.video import VideoWriteError, VideoWriter
@@ -174,7 +175,7 @@ def save_somewhere(recorder: Recorder, places: list[Path]) -> tuple[Path | None,
         return None, []
     try:
         return recorder.save(places[0]), []
-    except (NonFiniteError, VideoWriteError, ValueError) as error:  # the same everywhere
+    except (NonFiniteError, ProcessesError, VideoWriteError, ValueError) as error:  # the same everywhere
         return None, [str(error)]
     except OSError as error:
         saved, reasons = save_somewhere(recorder, places[1:])

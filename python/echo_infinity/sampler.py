@@ -95,6 +95,8 @@ class BlockSampler:
     Source: docs/method.md section 5.
     """
 
+    undoes = True  # a block that ran out of memory
+
     def __init__(
         self,
         generator: Generator,
@@ -107,8 +109,7 @@ class BlockSampler:
         config = generator.config
         self.generator, self.text, self.noise, self.batch = generator, text, noise, batch
         self.frame = 0
-        ring = Fp8RingKV if generator.kv == "fp8" else RingKV
-        self.cache = ring(config, batch, generator.dtype, generator.device)
+        self.cache = self._make_cache()
         self.memory = generator.recall(generator.memory, config, batch, memory_dtype)
         m, w = config.model, config.window
         self._shape = (batch, w.frames_per_block, m.latent_channels, config.latent_rows, config.latent_columns)
@@ -142,8 +143,12 @@ class BlockSampler:
                 (under the policies with the model's own memory; what another policy keeps may be spoilt).
         """
         self.finite.check()
+        return self._next()
+
+    def _next(self) -> Tensor:
         call = self._call(self.frame, self._shape[1])
-        undo = BlockUndo(self.cache, self.memory if isinstance(self.memory, StreamMemory) else None, call)
+        kept = self.memory if isinstance(self.memory, StreamMemory) and self.undoes else None
+        undo = BlockUndo(self.cache, kept, call)
         x = None
         try:
             if self.graphs is not None and not self.graphs.why_not(call):
@@ -244,7 +249,7 @@ class BlockSampler:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a later block depends on, by name; with ``frame`` and the text they are the stream."""
-        named = {f"cache.{name}": x for name, x in self.cache.tensors().items()} | {"window": self.window}
+        named = self._buffers()
         return named if self.memory is None else named | {f"memory.{k}": x for k, x in self.memory.tensors().items()}
 
     @torch.inference_mode()
@@ -254,22 +259,34 @@ class BlockSampler:
         Raises:
             ValueError: tensors are missing, unexpected, or of another shape; nothing of the cache has changed.
         """
-        own = {name: x for name, x in self.tensors().items() if not name.startswith("memory.")}
-        given = {name: x for name, x in named.items() if not name.startswith("memory.")}
-        given = convert_cache(given, self.generator.kv, self.generator.dtype)
-        if own.keys() != given.keys():
-            raise ValueError(
-                f"missing or unexpected in the saved stream: {', '.join(sorted(own.keys() ^ given.keys()))}"
-            )
-        for name, x in own.items():
-            if x.shape != given[name].shape:
-                raise ValueError(f"saved {name} is {tuple(given[name].shape)}, this stream's {tuple(x.shape)}")
+        own = self._buffers()
+        given = self._checked(named, {name: x.shape for name, x in own.items()})
         if self.memory is not None:
-            prefix = "memory."
-            self.memory.load_tensors({n.removeprefix(prefix): x for n, x in named.items() if n.startswith(prefix)})
+            self.memory.load_tensors(memory_part(named))
         for name, x in own.items():
             x.copy_(given[name])
         self.frame = frame
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Cache and window by name: what is written in place."""
+        return {f"cache.{name}": x for name, x in self.cache.tensors().items()} | {"window": self.window}
+
+    def _checked(self, named: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """What a saved stream holds for buffers of these names and shapes."""
+        given = {name: x for name, x in named.items() if not name.startswith("memory.")}
+        given = convert_cache(given, self.generator.kv, self.generator.dtype)
+        if shapes.keys() != given.keys():
+            raise ValueError(
+                f"missing or unexpected in the saved stream: {', '.join(sorted(shapes.keys() ^ given.keys()))}"
+            )
+        for name, shape in shapes.items():
+            if shape != given[name].shape:
+                raise ValueError(f"saved {name} is {tuple(given[name].shape)}, this stream's {tuple(shape)}")
+        return given
+
+    def _make_cache(self) -> RingKV:
+        g = self.generator
+        return (Fp8RingKV if g.kv == "fp8" else RingKV)(g.config, self.batch, g.dtype, g.device)
 
     def _remember(self, latents: Tensor) -> None:
         for i in range(latents.shape[1]):
@@ -289,8 +306,13 @@ class BlockSampler:
     def _flow(self, x: Tensor, t: float, call: Call, *, output: bool = True) -> Tensor | None:
         g = self.generator
         memory = None if self.memory is None else self.memory.read(call)
-        flow = g.model(x, g.level(t), self.text, self.cache, call, memory, output=output)
+        flow = self._predict(x, g.level(t), call, memory, output=output)
         return None if flow is None else flow.to(x.dtype)
+
+    def _predict(
+        self, x: Tensor, level: Conditioning, call: Call, memory: list[KV] | None, *, output: bool
+    ) -> Tensor | None:
+        return self.generator.model(x, level, self.text, self.cache, call, memory, output=output)
 
     def _step(self, x: Tensor, flow: Tensor, i: int, draw: Callable[[int], Tensor]) -> Tensor:
         g = self.generator
@@ -301,3 +323,9 @@ class BlockSampler:
         if g.config.sampler.solver == "euler":
             return x + (g.schedule.sigma(after) - g.schedule.sigma(t)) * flow
         return g.schedule.add_noise(g.schedule.to_x0(x, flow, t), draw(i + 1), after)
+
+
+def memory_part(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The memory's tensors of a saved stream, by their own names."""
+    prefix = "memory."
+    return {name.removeprefix(prefix): x for name, x in named.items() if name.startswith(prefix)}

@@ -175,7 +175,7 @@ def check_model(saved: SavedStream, config: str, fingerprint: str) -> None:
 
 def warn_differences(saved: SavedStream, now: Mapping[str, Any]) -> None:
     """Warn, naming them, of differences that make the continuation differ in its last bits."""
-    then = saved.meta["environment"]
+    then = {"processes": 1, **saved.meta["environment"]}
     rows = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
     if rows:
         warnings.warn(f"the resumed stream may differ in its last bits: {'; '.join(rows)}", ResumeWarning, stacklevel=4)

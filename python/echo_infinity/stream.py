@@ -20,7 +20,6 @@ from echo_infinity.codec import TIME_STRIDE, to_uint8
 from echo_infinity.finite import NonFiniteError
 from echo_infinity.lane import Lane
 from echo_infinity.noise import counter_noise
-from echo_infinity.sampler import BlockSampler
 from echo_infinity.settings import PromptChange, StreamSettings
 from echo_infinity.state import SavedStream, SavedVideo, write_state
 
@@ -45,8 +44,8 @@ class Stream:
         self.prompts: list[PromptChange] = [prompt]
         self.video: SavedVideo | None = None  # of the run that a resumed stream continues
         noise = settings.noise or counter_noise(settings.seed)
-        generator, text = pipe.generator(settings.memory), pipe.encode_prompt(prompt.prompt)
-        self._sampler = BlockSampler(generator, text, noise, memory_dtype=settings.memory_dtype)
+        pipe.generator(settings.memory)  # refuses before the prompt is encoded
+        self._sampler = pipe.sampler(settings.memory, pipe.encode_prompt(prompt.prompt), noise, settings.memory_dtype)
         self._decoder: dict[str, Tensor] | None = None
         self._switch: tuple[PromptChange, list[KV]] | None = None
         self._undecoded = 0

@@ -27,7 +27,7 @@ class ForcingModel:
     def __call__(self, x, t, text, kv_cache, current_start):
         dit, frames = self.dit, x.shape[1]
         levels = dit.condition(t)
-        h = dit._patchify(x)
+        h = dit.patchify(x)
         for i, block in enumerate(dit.layers()):
             shift1, scale1, gate1, shift2, scale2, gate2 = levels.layers[i][:6]
             y = block.self_attn(normed(h, shift1, scale1), None, None, None, None, kv_cache[i], current_start, None)
@@ -36,7 +36,7 @@ class ForcingModel:
             y = block.ffn(normed(h, shift2, scale2))
             h = h + (y.unflatten(1, (frames, -1)) * gate2).flatten(1, 2)
         out = dit.head.head(normed(h, *levels.head))
-        return dit._unpatchify(out, frames, x.shape[3] // 2, x.shape[4] // 2)
+        return dit.unpatchify(out, x.shape)
 
 
 @torch.no_grad()

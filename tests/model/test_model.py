@@ -116,7 +116,7 @@ def test_patches_are_the_convolution_of_the_checkpoint(micro):
     x = torch.randn(2, 3, 4, 6, 8)
     expected = model.patch_embedding(x.transpose(1, 2)).flatten(2).transpose(1, 2)
     exact = model.double().patch_embedding(x.double().transpose(1, 2)).flatten(2).transpose(1, 2)
-    assert_no_worse_than(model.float()._patchify(x), expected, exact)
+    assert_no_worse_than(model.float().patchify(x), expected, exact)
 
 
 @torch.no_grad()
@@ -126,8 +126,8 @@ def test_unpatchify_undoes_patchify(micro):
     weight = torch.eye(16).view(16, 4, 1, 2, 2)
     model.patch_embedding.weight = torch.nn.Parameter(weight)
     model.patch_embedding.bias = None
-    patches = model._patchify(x)  # channels first within a patch; the head gives them last
-    assert_same_bits(model._unpatchify(patches.unflatten(-1, (4, 4)).transpose(-1, -2).flatten(-2), 3, 3, 4), x)
+    patches = model.patchify(x)  # channels first within a patch; the head gives them last
+    assert_same_bits(model.unpatchify(patches.unflatten(-1, (4, 4)).transpose(-1, -2).flatten(-2), x.shape), x)
 
 
 @torch.no_grad()

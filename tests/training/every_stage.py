@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from echo_infinity.ranks import Ranks, join_ranks, leave_ranks
 from echo_infinity.training.clips import Clips
 from echo_infinity.training.denoiser import whole_clip
 from echo_infinity.training.distill import Distillation, DistillTrainer
-from echo_infinity.training.distributed import Ranks, join_ranks, leave_ranks
 from echo_infinity.training.flow import FlowTrainer, FlowTraining
 from echo_infinity.training.init import Initialisation, InitTrainer
 from echo_infinity.training.long import LongTrainer, LongTuning

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from echo_infinity.training.distributed import Ranks, clip_gradients, join_ranks
+from echo_infinity.ranks import Ranks, join_ranks
+from echo_infinity.training.distributed import clip_gradients
 from echo_infinity.weights import load_checkpoint, read_tensors, text_metadata
 from every_stage import STAGES, run_stages
 from numerics import assert_golden, assert_same_bits

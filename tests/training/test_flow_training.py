@@ -7,9 +7,9 @@ import pytest
 import torch
 from echo_infinity.codec import Codec, CodecConfig
 from echo_infinity.config import preset
+from echo_infinity.ranks import Ranks
 from echo_infinity.training.clips import Clips, join_clips
 from echo_infinity.training.denoiser import Denoiser, clip_flow
-from echo_infinity.training.distributed import Ranks
 from echo_infinity.training.flow import FlowTrainer, FlowTraining, configure, object_share
 from echo_infinity.weights import load_checkpoint, read_tensors, text_metadata, write_tensors
 from numerics import assert_same_bits

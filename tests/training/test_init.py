@@ -6,8 +6,8 @@ import pytest
 import torch
 from echo_infinity import cli
 from echo_infinity.memory import EvolvingMemory
+from echo_infinity.ranks import Ranks
 from echo_infinity.training.denoiser import Denoiser
-from echo_infinity.training.distributed import Ranks
 from echo_infinity.training.init import Initialisation, InitTrainer
 from echo_infinity.training.rollout import Levels, few_steps
 from echo_infinity.training.trajectories import Paths, Trajectories, build_trajectories, follow

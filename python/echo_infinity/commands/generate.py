@@ -23,6 +23,7 @@ from echo_ext import __version__
 from echo_infinity.commands import UserError
 from echo_infinity.commands.places import hold_places, state_path
 from echo_infinity.finite import NonFiniteError
+from echo_infinity.parallel import ProcessesError, Ranks, join_ranks, lead, leave_ranks
 from echo_infinity.pipeline import EchoPipeline
 from echo_infinity.record import Recorder, append_line, resident_bytes, save_somewhere
 from echo_infinity.settings import frame_count
@@ -38,6 +39,7 @@ _LOWER = (
     "to take less, add --text-device cpu, --decoder-dtype bfloat16, --kv fp8 or --weights fp8; "
     "'echo-infinity plan --gpu 24GB' says what fits"
 )
+_REFUSALS = (ValueError, OSError, ImportError, VideoWriteError)
 _EVERY = 0.2  # seconds between refreshes of the progress bar
 
 
@@ -55,12 +57,32 @@ class _Job:
 def run(args: argparse.Namespace) -> int:
     """Generate as the options say and return the exit code: 0 done, 130 interrupted, 1 a failure on the way.
 
+    Under torchrun all processes share the work, and the first one does the rest.
+
     Raises:
         UserError: the request can't be served; nothing was generated.
     """
+    ranks = join_ranks()
     try:
-        job = _prepare(args)
-    except (ValueError, OSError, ImportError, VideoWriteError) as error:
+        saved = None if args.resume is None else read_state(args.resume)
+        _check_options(args, saved)
+        pipe = _load(args, saved, ranks)
+        if ranks.rank:
+            saved = None  # only the first process goes on from it
+            _leave_signals_to_the_first()
+        return lead(pipe, lambda: _generate(args, pipe, saved)) or 0
+    except _REFUSALS as error:
+        if ranks.rank:
+            return 2  # the first process says why
+        raise UserError(str(error)) from error
+    finally:
+        leave_ranks()
+
+
+def _generate(args: argparse.Namespace, pipe: EchoPipeline, saved: SavedStream | None) -> int:
+    try:
+        job = _prepare(args, pipe, saved)
+    except _REFUSALS as error:
         raise UserError(str(error)) from error
     begun, first = time.monotonic(), job.writer.position().frames
     fps = job.stream.pipe.fps
@@ -78,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         )
         try:
             done = recorder.run(stop)
-        except (NonFiniteError, VideoWriteError, OSError) as error:
+        except (NonFiniteError, ProcessesError, VideoWriteError, OSError) as error:
             return _failed(args, recorder, error)
         except torch.OutOfMemoryError as error:
             code = _failed(args, recorder, RuntimeError(f"out of memory: {str(error).splitlines()[0]}"))
@@ -100,11 +122,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare(args: argparse.Namespace) -> _Job:
+def _prepare(args: argparse.Namespace, pipe: EchoPipeline, saved: SavedStream | None) -> _Job:
     """Check everything that can be checked before the first block, the cheap things first."""
-    saved = None if args.resume is None else read_state(args.resume)
-    _check_options(args, saved)
-    pipe = _load(args, saved)
     stream = _open_stream(args, pipe, saved)
     position, output = _find_video(args, saved)
     target = _target(args, saved, position, pipe.fps)
@@ -144,16 +163,19 @@ def _check_options(args: argparse.Namespace, saved: SavedStream | None) -> None:
         raise ValueError(f"--autosave is seconds >= 0, got {args.autosave}")
 
 
-def _load(args: argparse.Namespace, saved: SavedStream | None) -> EchoPipeline:
+def _load(args: argparse.Namespace, saved: SavedStream | None, ranks: Ranks) -> EchoPipeline:
     then = {} if saved is None else saved.meta["environment"]
-    cuda = torch.cuda.is_available() and then.get("device", "cuda").startswith("cuda")
+    cuda = ranks.device.type == "cuda" and then.get("device", "cuda").startswith("cuda")
+    device = args.device or ("cuda" if cuda else "cpu")
+    if ranks.mesh is not None and device == "cuda":
+        device = str(ranks.device)  # each process its own
     model = args.model or (saved.meta["source"] if saved is not None else None) or "tiny"
     dtype = getattr(torch, args.dtype or then.get("dtype", "float32").partition(",")[0])
     parts: dict[str, Any] = {} if saved is None else dict(saved.meta.get("parts", {}))
     parts |= {name: getattr(args, name) for name in _PARTS if getattr(args, name) is not None}
     if "decoder_dtype" in parts:
         parts["decoder_dtype"] = getattr(torch, parts["decoder_dtype"])
-    pipe = EchoPipeline.from_pretrained(model, dtype=dtype, device=args.device or ("cuda" if cuda else "cpu"), **parts)
+    pipe = EchoPipeline.from_pretrained(model, dtype=dtype, device=device, ranks=ranks, **parts)
     c = pipe.config
     small = c.window.frames_per_block * c.tokens_per_frame * c.model.width < _SMALL_BLOCK
     torch.set_num_threads(args.threads or then.get("threads") or (1 if small else torch.get_num_threads()))
@@ -217,7 +239,7 @@ def _failed(args: argparse.Namespace, recorder: Recorder, error: Exception) -> i
     _say(f"error: {error}")
     if recorder.path is not None:
         _say(f"the video so far is playable: {recorder.path}, {recorder.written} frames")
-    if isinstance(error, NonFiniteError):
+    if isinstance(error, NonFiniteError | ProcessesError):
         _tell_last_good(args, recorder)
     else:
         _save_and_tell(args, recorder)
@@ -269,6 +291,11 @@ def _progress(quiet: bool, target: int | None, first: int, fps: int) -> Iterator
 
     with bar:
         yield show
+
+
+def _leave_signals_to_the_first() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Stop:

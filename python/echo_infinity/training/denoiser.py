@@ -14,8 +14,9 @@ from echo_infinity.codec import Codec
 from echo_infinity.config import EchoConfig, WindowConfig
 from echo_infinity.functional import FunctionalKV
 from echo_infinity.model import CausalDiT
+from echo_infinity.ranks import Ranks
 from echo_infinity.text import GrammarText
-from echo_infinity.training.distributed import Ranks, whole
+from echo_infinity.training.distributed import whole
 from echo_infinity.training.losses import guide, to_x0
 from echo_infinity.weights import Checkpoint, save_checkpoint
 

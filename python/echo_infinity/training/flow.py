@@ -15,10 +15,11 @@ from torch import Tensor
 from echo_infinity.codec import Codec
 from echo_infinity.config import EchoConfig, preset
 from echo_infinity.policies import find_policy
+from echo_infinity.ranks import Ranks, join_ranks, leave_ranks
 from echo_infinity.training.align import attend_by_place, copy_by_place
 from echo_infinity.training.clips import FRAMES_PER_BLOCK, Clips, join_clips, load_clips
 from echo_infinity.training.denoiser import clip_flow, whole_clip
-from echo_infinity.training.distributed import Ranks, clip_gradients, join_ranks, leave_ranks
+from echo_infinity.training.distributed import average_gradients, clip_gradients
 from echo_infinity.training.generator import GeneratorTrainer
 from echo_infinity.training.losses import add_noise, flow_loss, object_share, per_sample, shift_level, to_x0
 from echo_infinity.training.options import add_settings, read_settings
@@ -183,7 +184,7 @@ class FlowTrainer(GeneratorTrainer):
             (loss / s.accumulate).backward()
             rows.append(parts)
         trained = [x for _, x in self.trained()]
-        self.ranks.average_gradients(trained)
+        average_gradients(self.ranks, trained)
         norm = clip_gradients(trained, 1.0)
         self.optimiser.step()
         self.average(s.ema)

@@ -16,10 +16,11 @@ from echo_infinity.config import EchoConfig
 from echo_infinity.memory import EvolvingMemory
 from echo_infinity.model import CausalDiT
 from echo_infinity.policies import find_policy
+from echo_infinity.ranks import Ranks
 from echo_infinity.recall import StreamMemory
 from echo_infinity.text import GrammarText
 from echo_infinity.training.denoiser import Prompts, encode_prompts
-from echo_infinity.training.distributed import Ranks, spread, whole
+from echo_infinity.training.distributed import shard, spread, whole
 from echo_infinity.training.loop import Trainer
 from echo_infinity.training.passes import StreamPasses
 from echo_infinity.weights import Checkpoint, find, load_checkpoint, save_checkpoint
@@ -58,7 +59,7 @@ class GeneratorTrainer(Trainer):
         self.prepare(settings)
         for module in self.modules().values():
             module.to(ranks.device)
-        ranks.shard(self.model)
+        shard(ranks, self.model)
         self.averaged = {name: x.detach().clone() for name, x in self.trained()}
         identity = config.to_json() if identity is None else identity
         others = self.other_optimisers(settings, ranks)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from echo_infinity.config import EchoConfig, preset
 from echo_infinity.policies import find_policy
+from echo_infinity.ranks import Ranks, join_ranks, leave_ranks
 from echo_infinity.training.clips import join_clips, load_clips
 from echo_infinity.training.denoiser import Denoiser
-from echo_infinity.training.distributed import Ranks, clip_gradients, join_ranks, leave_ranks
+from echo_infinity.training.distributed import average_gradients, clip_gradients
 from echo_infinity.training.generator import GeneratorTrainer
 from echo_infinity.training.losses import add_noise, flow_loss, per_sample, to_x0, x0_loss
 from echo_infinity.training.options import add_settings, read_settings
@@ -111,7 +112,7 @@ class InitTrainer(GeneratorTrainer):
             found = self.ranks.mean({"loss": losses.mean().item(), "last_block": losses[:, -1].mean().item()})
             row = {name: row.get(name, 0.0) + x / s.accumulate for name, x in found.items()}
         trained = [x for _, x in self.trained()]
-        self.ranks.average_gradients(trained)
+        average_gradients(self.ranks, trained)
         row["grad_norm"] = clip_gradients(trained, 1.0)
         self.optimiser.step()
         self.average(s.ema)

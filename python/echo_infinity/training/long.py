@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from echo_infinity.training.distributed import join_ranks, leave_ranks, whole
+from echo_infinity.ranks import join_ranks, leave_ranks
+from echo_infinity.training.distributed import whole
 from echo_infinity.training.lora import add_lora, merge_lora, peft_names
 from echo_infinity.training.matching import Matching, MatchingTrainer, add_model_arguments, load_models
 from echo_infinity.training.options import add_settings, read_settings

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from echo_infinity.training.distributed import Ranks, spread, whole
+from echo_infinity.ranks import Ranks
+from echo_infinity.training.distributed import spread, whole
 from echo_infinity.training.plots import plot_lines
 from echo_infinity.weights import read_tensors, text_metadata, write_tensors
 

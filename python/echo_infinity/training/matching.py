@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from echo_infinity.ranks import Ranks
 from echo_infinity.training.denoiser import Denoiser, Prompts
-from echo_infinity.training.distributed import Ranks, clip_gradients, spread
+from echo_infinity.training.distributed import average_gradients, clip_gradients, shard, spread
 from echo_infinity.training.drift import DriftProbe, Measure, should_stop
 from echo_infinity.training.generator import GeneratorTrainer
 from echo_infinity.training.losses import add_noise, dmd_gradient, flow_loss, score_level, surrogate_loss, to_x0
@@ -132,8 +133,8 @@ class MatchingTrainer(GeneratorTrainer):
 
     def other_optimisers(self, settings: Matching, ranks: Ranks) -> dict[str, Optimizer]:
         """Shard teacher and fake score; make the fake score's optimiser."""
-        ranks.shard(self.teacher.model)
-        ranks.shard(self.fake.model)
+        shard(ranks, self.teacher.model)
+        shard(ranks, self.fake.model)
         parts = self.fake.model, self.fake.text
         groups = [{"params": [x for x in part.parameters() if x.requires_grad]} for part in parts]
         groups = [group for group in groups if group["params"]]
@@ -180,7 +181,7 @@ class MatchingTrainer(GeneratorTrainer):
         """Step the generator and its averages; return gradient norms."""
         self.set_rate(self.settings.rate, self.settings.warmup, floor=1.0)
         trained = dict(self.trained())
-        self.ranks.average_gradients(trained.values())
+        average_gradients(self.ranks, trained.values())
         row = {}
         if memory := [x for name, x in trained.items() if name.startswith("memory.")]:
             row["memory_grad_norm"] = clip_gradients(memory, float("inf"))
@@ -193,7 +194,7 @@ class MatchingTrainer(GeneratorTrainer):
     def update_fake(self) -> dict[str, float]:
         """Step the fake score; return its gradient norm."""
         trained = [x for _, x in self.fake.named_parameters() if x.requires_grad]
-        self.ranks.average_gradients(trained)
+        average_gradients(self.ranks, trained)
         norm = clip_gradients(trained, MOST_GRADIENT)
         self.optimisers["fake_adam"].step()
         self.optimisers["fake_adam"].zero_grad(set_to_none=True)

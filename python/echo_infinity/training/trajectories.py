@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from echo_infinity.ranks import Ranks
 from echo_infinity.training.denoiser import Denoiser
-from echo_infinity.training.distributed import Ranks
 
 
 @dataclass(frozen=True)
