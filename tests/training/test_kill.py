@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from echo_infinity.training.distill import Distillation, DistillTrainer
 from echo_infinity.weights import load_checkpoint, text_metadata
 
@@ -29,7 +30,8 @@ def test_a_killed_run_goes_on_with_the_losses_of_an_unbroken_one(folders, prompt
     code = "import sys; from echo_infinity.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, *map(str, words)]
     checkpoint, deadline = tmp_path / "killed" / "checkpoint.safetensors", time.monotonic() + 120
-    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL) as run:
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the same bits need the same number
+    with subprocess.Popen(command, env={**os.environ, **threads}, stderr=subprocess.DEVNULL) as run:
         while steps_in(checkpoint) < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
         run.send_signal(signal.SIGKILL)
