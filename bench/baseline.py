@@ -34,7 +34,6 @@ from naive import WASTES, NaiveSampler
 from torch import Tensor
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
-PROMPT_SHARE = 4  # a prompt of a hundred words fills a quarter of the official model's 512 tokens
 WARM_BLOCKS = 7  # fills the window, saturates the ids, and times nothing of the first blocks
 
 GRAPH_BLOCKS = 7  # until the engine's graphs are captured, on a GPU
@@ -112,8 +111,7 @@ def measure(
     model = CausalDiT(config.model).to(device, dtype).eval()
     memory = None if config.memory is None else EvolvingMemory(config.memory).to(device, dtype)
     generator = Generator(config, model, memory)
-    text = torch.randn(1, config.model.text_tokens // PROMPT_SHARE, config.model.text_width)
-    embeddings = text.to(device, dtype)
+    embeddings = torch.randn(1, config.model.text_tokens, config.model.text_width).to(device, dtype)
     samplers: dict[str, BlockSampler] = {
         "engine": BlockSampler(generator, model.encode_text(embeddings), counter_noise(0))
     }
