@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -95,43 +95,18 @@ def why_not_append(
     return None
 
 
-def append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    frame_table: Tensor,
-    key_frame_table: Tensor | None,
-    grid_table: Tensor,
-    slots: Tensor,
-    ring_k: Tensor,
-    ring_v: Tensor,
-    ring_raw: Tensor | None,
-    eps: float,
-    *,
-    isa: str = "",
-) -> Tensor:
-    """Run the kernel, with at most the instruction set ``isa``; returns the rotated queries."""
-    view = _native.view
-    out = q.new_empty(q.shape)
+def append(*args: Any, isa: str = "") -> Tensor:
+    """Run the kernel on what :func:`why_not_append` was asked of, with at most the instruction set ``isa``.
+
+    Returns:
+        The rotated queries.
+    """
+    *inputs, slots, ring_k, ring_v, ring_raw, eps = args
+    out = args[0].new_empty(args[0].shape)
+    views = [None if x is None else _native.view(x) for x in (*inputs, ring_k, ring_v, ring_raw, out)]
+    rings = len(inputs)
     _native.module().ring_append_cpu(
-        view(q),
-        view(k),
-        view(v),
-        None if q_weight is None else view(q_weight),
-        None if k_weight is None else view(k_weight),
-        view(frame_table),
-        None if key_frame_table is None else view(key_frame_table),
-        view(grid_table),
-        slots.tolist(),
-        view(ring_k),
-        view(ring_v),
-        None if ring_raw is None else view(ring_raw),
-        eps,
-        view(out),
-        torch.get_num_threads(),
-        isa,
+        *views[:rings], slots.tolist(), *views[rings:-1], eps, views[-1], torch.get_num_threads(), isa
     )
     return out
 

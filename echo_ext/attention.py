@@ -275,24 +275,7 @@ def _fake(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale, b
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
-def _impl(
-    q: Tensor,
-    shift: Tensor | None,
-    sink_k: Tensor | None,
-    sink_v: Tensor | None,
-    memory_k: Tensor | None,
-    memory_v: Tensor | None,
-    ring_k: Tensor | None,
-    ring_v: Tensor | None,
-    scale: float,
-    backend: Backend = "auto",
-) -> tuple[Tensor, Tensor]:
-    args = (q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)
-    out, lses = _merge_tiers(*args, fastest=backend == "library")
-    return out.contiguous(), lses.float().logsumexp(dim=0)
-
-
-def _kernel(
+def _op(
     q: Tensor,
     shift: Tensor | None,
     sink_k: Tensor | None,
@@ -307,31 +290,14 @@ def _kernel(
     args = (q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)
     x = _inputs(*args)
     way = _attention.choose(backend, x)
+    if reason := _attention.why_not_address(way, x):
+        if backend != "auto":
+            raise RuntimeError(f"stream_attention: {way} can't run: {reason}")
+        way = "reference"
     if way in ("library", "reference"):
-        return _impl(*args, way)
-    if reason := _attention.why_not_address(x):
-        if backend == "auto":
-            return _impl(*args)
-        raise RuntimeError(f"stream_attention: {way} can't run: {reason}")
+        out, lses = _merge_tiers(*args, fastest=way == "library")
+        return out.contiguous(), lses.float().logsumexp(dim=0)
     return _attention.run(way, x)
 
 
-def _on_cpu(
-    q: Tensor,
-    shift: Tensor | None,
-    sink_k: Tensor | None,
-    sink_v: Tensor | None,
-    memory_k: Tensor | None,
-    memory_v: Tensor | None,
-    ring_k: Tensor | None,
-    ring_v: Tensor | None,
-    scale: float,
-    backend: Backend = "auto",
-) -> tuple[Tensor, Tensor]:
-    args = (q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)
-    x = _inputs(*args)
-    way = _attention.choose(backend, x)
-    return _attention.run(way, x) if way == "kernel_cpu" else _impl(*args, way)
-
-
-register(_LIB, "stream_attention", kernel=_kernel, reference=_on_cpu, fake=_fake)
+register(_LIB, "stream_attention", kernel=_op, reference=_op, fake=_fake)

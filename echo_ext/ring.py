@@ -253,24 +253,10 @@ def _why_not_kernel(args: tuple[Any, ...]) -> str | None:
     return why_not_vectors(tensors | weights)
 
 
-def _kernel(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    frame_table: Tensor,
-    key_frame_table: Tensor | None,
-    grid_table: Tensor,
-    slots: Tensor,
-    ring_k: Tensor,
-    ring_v: Tensor,
-    ring_raw: Tensor | None,
-    eps: float,
-) -> Tensor:
+def _kernel(*args: Any) -> Tensor:
+    q, (*tensors, eps) = args[0], args
     out = q.new_empty(q.shape)
-    before = (q, k, v, q_weight, k_weight, frame_table, key_frame_table, grid_table, slots, ring_k, ring_v, ring_raw)
-    views = (None if x is None else _native.view(x) for x in before)
+    views = (None if x is None else _native.view(x) for x in tensors)
     _native.module().ring_append_fwd(*views, eps, _native.view(out), _native.stream_of(q))
     return out
 

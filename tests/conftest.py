@@ -32,6 +32,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
+def threads():
+    """Set the number of threads; the old one comes back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def emulated(request):
     """Run kernels on CPU tensors: the emulated module in place of ``_C``. Parametrise indirectly by another variant.
 

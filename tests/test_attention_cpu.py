@@ -38,14 +38,6 @@ def run(args, isa="", *, scale=None):
     return _cpu.attention(q, args.get("shift"), *tiers, scale or q.shape[-1] ** -0.5, want_lse=True, isa=isa)
 
 
-@pytest.fixture
-def threads():
-    """Set the number of threads; the old one comes back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)

@@ -102,16 +102,11 @@ def test_a_large_mean_does_not_drown_the_variance(isa):
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_number_of_threads_changes_no_bit(isa):
-    args = make((2, 1, 300, 384), torch.float32)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(_cpu.gated_modulate(*args, EPS, isa=isa))
-    finally:
-        torch.set_num_threads(before)
+def test_number_of_threads_changes_no_bit(isa, threads):
+    args, results = make((2, 1, 300, 384), torch.float32), []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(_cpu.gated_modulate(*args, EPS, isa=isa))
     for other in results[1:]:
         assert_same_bits(other, results[0])
 

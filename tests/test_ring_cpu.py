@@ -20,14 +20,6 @@ def shape_id(shape):
     return "B{}-F{}-T{}-S{}-H{}-d{}".format(*shape)
 
 
-@pytest.fixture
-def threads():
-    """Set the number of threads; the old one comes back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)

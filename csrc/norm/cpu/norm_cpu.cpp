@@ -1,16 +1,12 @@
-// Picks the kernel for this CPU and divides the tokens into tasks.
+// Picks the kernel for this CPU.
 #include "norm/cpu/norm_cpu.h"
 
-#include <algorithm>
-
 #include "common/check.h"
-#include "common/parallel.h"
+#include "common/cpu/token_tasks.h"
 #include "norm/cpu/task.h"
 
 namespace echo {
 namespace {
-constexpr int64_t kTaskElements = 1 << 15;  // a task this small costs no more than handing it out
-
 NormKernel kernel_of(DType dtype, Isa isa) {
 #ifdef ECHO_EXT_X86_KERNELS
   const bool bf16 = dtype == DType::kBF16;
@@ -21,24 +17,10 @@ NormKernel kernel_of(DType dtype, Isa isa) {
 #endif
   ECHO_CHECK(false, "no norm for CPUs in dtype code ", int(dtype), " and ", name_of(isa));
 }
-
-struct Plan {
-  const NormCpuParams& params;
-  NormKernel kernel;
-  int64_t tokens, each;
-
-  static void run(void* context, int64_t number) {
-    const Plan& plan = *static_cast<Plan*>(context);
-    const int64_t begin = number * plan.each;
-    plan.kernel(plan.params, begin, std::min(begin + plan.each, plan.tokens));
-  }
-};
 }  // namespace
 
 void norm_cpu(const NormCpuParams& params, Isa limit, int threads) {
-  const int64_t tokens = params.batch * params.tokens;
-  const int64_t each = std::max<int64_t>(1, kTaskElements / params.width);
-  Plan plan{params, kernel_of(params.dtype, limit), tokens, each};
-  run_tasks((tokens + each - 1) / each, threads, Plan::run, &plan);
+  run_token_tasks(kernel_of(params.dtype, limit), params, params.batch * params.tokens, params.width,
+                  threads);
 }
 }  // namespace echo

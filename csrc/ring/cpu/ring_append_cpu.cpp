@@ -1,16 +1,12 @@
-// Picks the kernel for this CPU and divides the tokens into tasks.
+// Picks the kernel for this CPU.
 #include "ring/cpu/ring_append_cpu.h"
 
-#include <algorithm>
-
 #include "common/check.h"
-#include "common/parallel.h"
+#include "common/cpu/token_tasks.h"
 #include "ring/cpu/task.h"
 
 namespace echo {
 namespace {
-constexpr int64_t kTaskElements = 1 << 15;  // of q: a task this small costs no more than handing it out
-
 RingAppendKernel kernel_of(DType dtype, Isa isa) {
 #ifdef ECHO_EXT_X86_KERNELS
   const bool bf16 = dtype == DType::kBF16;
@@ -21,24 +17,10 @@ RingAppendKernel kernel_of(DType dtype, Isa isa) {
 #endif
   ECHO_CHECK(false, "no ring_append for CPUs in dtype code ", int(dtype), " and ", name_of(isa));
 }
-
-struct Plan {
-  const RingAppendCpuParams& params;
-  RingAppendKernel kernel;
-  int64_t tokens, each;
-
-  static void run(void* context, int64_t number) {
-    const Plan& plan = *static_cast<Plan*>(context);
-    const int64_t begin = number * plan.each;
-    plan.kernel(plan.params, begin, std::min(begin + plan.each, plan.tokens));
-  }
-};
 }  // namespace
 
 void ring_append_cpu(const RingAppendCpuParams& params, Isa limit, int threads) {
-  const int64_t tokens = params.batch * params.frames * params.frame_tokens;
-  const int64_t each = std::max<int64_t>(1, kTaskElements / (params.heads * params.head_dim));
-  Plan plan{params, kernel_of(params.dtype, limit), tokens, each};
-  run_tasks((tokens + each - 1) / each, threads, Plan::run, &plan);
+  run_token_tasks(kernel_of(params.dtype, limit), params, params.batch * params.frames * params.frame_tokens,
+                  params.heads * params.head_dim, threads);
 }
 }  // namespace echo
