@@ -46,7 +46,6 @@ def make(shape, dtype=torch.float32, device="cpu", *, tiers=TIERS, strided=False
 def through_the_op(monkeypatch):
     """Send CPU tensors down the kernel's path (op, autograd, fake), ending in the CPU implementation."""
     monkeypatch.setitem(_attention._WHY_NOT, "kernel_sm80", lambda x: None)
-    monkeypatch.setattr(_attention, "why_not_address", lambda way, x: "the op falls back")
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])

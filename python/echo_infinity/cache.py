@@ -225,7 +225,11 @@ class RingKV:
         def pick(x: Tensor) -> Tensor:
             return torch.cat([x[:, span] for span in spans], dim=1)
 
-        return [(pick(k), pick(v)) for k, v in zip(self.k, self.v, strict=True)]
+        return [(pick(k), pick(v)) for k, v in map(self._whole_layer, range(len(self.k)))]
+
+    def _whole_layer(self, layer: int) -> KV:
+        """A layer's K and V as they are attended to."""
+        return self.k[layer], self.v[layer]
 
     def local(self, start: int) -> list[KV]:
         """Last layer's K and V of all local frames held before frame ``start``, oldest first: views."""

@@ -132,25 +132,25 @@ class Fleet:
 
         Raises:
             ValueError: an unknown name, or no block at all.
-            AdvanceError: some streams failed; it holds what the others made.
+            AdvanceError: some streams failed; it holds all blocks that were made, also of streams that could not be
+                saved then.
 
         Warns:
             AutosaveWarning: a stream could not be saved; it goes on.
         """
-        names = list(self._entries if names is None else names)
+        entries = {name: self._entry(name) for name in (self._entries if names is None else names)}
         if blocks < 1:
             raise ValueError(f"blocks must be at least 1, got {blocks}")
-        begun = {name: self._ask(self._entry(name).host, "advance", name, blocks) for name in names}
+        begun = {name: self._ask(entry.host, "advance", name, blocks) for name, entry in entries.items()}
         outputs: dict[str, Tensor] = {}
         failures: dict[str, Exception] = {}
         for name, reference in begun.items():
             try:
                 outputs[name] = self._do(name, "advance", blocks, begun=reference)
-            except Exception as error:
+                entries[name].blocks += blocks
+                self._save_on_time(name)
+            except Exception as error:  # noqa: PERF203
                 failures[name] = error
-                continue
-            self._entries[name].blocks += blocks
-            self._save_on_time(name)
         if failures:
             raise AdvanceError(failures, outputs) from next(iter(failures.values()))
         return outputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -131,10 +131,17 @@ class Fp8RingKV(RingKV):
         out = super().attend(layer, q, k, v, norms, call, memory, output=output)
         if narrowed:
             for full, codes, scales in zip((self.k, self.v), self._codes, self._scales, strict=True):
-                for slot in call.slots.write:
-                    own = slice(slot * self.tokens_per_frame, (slot + 1) * self.tokens_per_frame)
+                for first, stop in _runs(call.slots.write):
+                    own = slice(first * self.tokens_per_frame, stop * self.tokens_per_frame)
                     codes[layer][:, own], scales[layer][:, own] = narrow(full[layer][:, own])
         return out
+
+    def _whole_layer(self, layer: int) -> KV:
+        if layer == len(self._codes[0]):
+            return super()._whole_layer(layer)
+        parts = (self._codes[0], self._scales[0]), (self._codes[1], self._scales[1])
+        k, v = (widen(codes[layer], scales[layer], self.k[-1].dtype) for codes, scales in parts)
+        return k, v
 
     def tensors(self) -> dict[str, Tensor]:
         """Every buffer by name, for saving and forking."""
@@ -144,3 +151,9 @@ class Fp8RingKV(RingKV):
             named |= {f"{kind}.{i}.codes": x for i, x in enumerate(codes)}
             named |= {f"{kind}.{i}.scale": x for i, x in enumerate(scales)}
         return named if self.raw is None else named | {"raw": self.raw}
+
+
+def _runs(slots: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of neighbouring slots, as ``(first, stop)``: a block's are one run, or two where the ring wraps."""
+    edges = [i for i in range(1, len(slots)) if slots[i] != slots[i - 1] + 1]
+    return [(slots[a], slots[b - 1] + 1) for a, b in zip([0, *edges], [*edges, len(slots)], strict=True)]

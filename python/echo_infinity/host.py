@@ -65,9 +65,15 @@ class StreamHost:
                 next(stream)
 
     def advance(self, name: str, blocks: int) -> Tensor:
-        """Return the next blocks, joined."""
+        """Return the next blocks, joined; all or none, so that the fleet knows how far the stream is."""
         stream = self._stream(name)
-        return torch.cat([next(stream) for _ in range(blocks)])
+        before = stream.block
+        try:
+            return torch.cat([next(stream) for _ in range(blocks)])
+        except Exception:
+            if stream.block != before:  # the fleet makes it anew from its last save
+                del self._streams[name]
+            raise
 
     def switch(self, name: str, prompt: str, options: dict[str, Any]) -> None:
         """Change the prompt at the next block."""

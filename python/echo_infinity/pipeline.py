@@ -12,7 +12,7 @@ from torch import Tensor
 
 from echo_infinity.cache import KV
 from echo_infinity.codec import SPACE_STRIDE, TIME_STRIDE
-from echo_infinity.fp8 import MODES, narrow_weights
+from echo_infinity.fp8 import MODES, Fp8Linear, narrow_weights
 from echo_infinity.noise import Noise
 from echo_infinity.parallel.lead import Lead
 from echo_infinity.parallel.split import Split
@@ -58,7 +58,9 @@ class EchoPipeline:
         parameter = next(self.model.parameters())
         self.device, self.dtype, self.weights, self.kv = parameter.device, parameter.dtype, weights, kv
         if weights == "fp8":
-            narrow_weights(self.model)
+            narrow_weights(self.model)  # in place: the checkpoint's own
+        elif any(isinstance(x, Fp8Linear) for x in self.model.modules()):
+            raise ValueError("another pipeline narrowed this checkpoint's weights to fp8: load it again")
         self._generators: dict[str, Generator] = {}
         several = ranks is not None and ranks.mesh is not None
         self.lead = Lead(Split(self.config, ranks)) if several and ranks is not None else None

@@ -125,10 +125,10 @@ class StreamMemory:
 
     def rewrite(self, segments: list[KV], cache: Evicting) -> None:
         """Start over from the learned start with one write of ``segments`` (memory re-cache at a prompt switch)."""
-        writes = self.writes
-        self.reset()
-        self.state = self._write(self.state, segments, cache)
-        self.writes = writes + 1
+        # Nothing changes before the write, which may run out of memory; captured graphs keep their addresses.
+        self._next = self._write(self.module.start(self.batch, self._state_dtype), segments, cache)
+        self.pending, self._read = [], None
+        self.publish()
 
     def replace(self, state: Tensor) -> None:
         """Put another state ``(G, B, M * T_m, D)`` in place, as ablations do."""

@@ -262,7 +262,7 @@ class BlockSampler:
         own = self._buffers()
         given = self._checked(named, {name: x.shape for name, x in own.items()})
         if self.memory is not None:
-            self.memory.load_tensors(memory_part(named))
+            self.memory.load_tensors(memory_part(named, self.generator.device))
         for name, x in own.items():
             x.copy_(given[name])
         self.frame = frame
@@ -325,7 +325,7 @@ class BlockSampler:
         return g.schedule.add_noise(g.schedule.to_x0(x, flow, t), draw(i + 1), after)
 
 
-def memory_part(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The memory's tensors of a saved stream, by their own names."""
+def memory_part(named: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The memory's tensors of a saved stream, by their own names, on ``device``."""
     prefix = "memory."
-    return {name.removeprefix(prefix): x for name, x in named.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): x.to(device) for name, x in named.items() if name.startswith(prefix)}

@@ -229,9 +229,14 @@ def _publish(temporary: Path, folder: Path, adds: bool) -> None:
     for new, target in pairs:
         old = target.with_name(f".{target.name}.old")
         if target.exists():
+            _remove(old)  # what a killed run left
             target.rename(old)
         new.rename(target)
-        if old.is_dir():
-            shutil.rmtree(old)
-        else:
-            old.unlink(missing_ok=True)
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -67,23 +67,22 @@ def run(args: argparse.Namespace) -> int:
         saved = None if args.resume is None else read_state(args.resume)
         _check_options(args, saved)
         pipe = _load(args, saved, ranks)
+        kept = [saved]
+        del saved  # the stream has copies of its own: a long run must not hold the file's as well
         if ranks.rank:
-            saved = None  # only the first process goes on from it
+            kept.clear()
             _leave_signals_to_the_first()
-        return lead(pipe, lambda: _generate(args, pipe, saved)) or 0
+        return lead(pipe, lambda: _generate(args, _prepare(args, pipe, kept.pop()))) or 0
     except _REFUSALS as error:
         if ranks.rank:
-            return 2  # the first process says why
+            _say(f"process {ranks.rank}: {error}")
+            return 2
         raise UserError(str(error)) from error
     finally:
         leave_ranks()
 
 
-def _generate(args: argparse.Namespace, pipe: EchoPipeline, saved: SavedStream | None) -> int:
-    try:
-        job = _prepare(args, pipe, saved)
-    except _REFUSALS as error:
-        raise UserError(str(error)) from error
+def _generate(args: argparse.Namespace, job: _Job) -> int:
     begun, first = time.monotonic(), job.writer.position().frames
     fps = job.stream.pipe.fps
     with job.writer, job.stream, _progress(args.quiet, job.target, first, fps) as show, _Stop() as stop:
@@ -100,7 +99,7 @@ def _generate(args: argparse.Namespace, pipe: EchoPipeline, saved: SavedStream |
         )
         try:
             done = recorder.run(stop)
-        except (NonFiniteError, ProcessesError, VideoWriteError, OSError) as error:
+        except (NonFiniteError, ProcessesError, VideoWriteError, ValueError, OSError) as error:
             return _failed(args, recorder, error)
         except torch.OutOfMemoryError as error:
             code = _failed(args, recorder, RuntimeError(f"out of memory: {str(error).splitlines()[0]}"))

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from echo_infinity.budget import DTYPES, GIB, Choice, capacity, items, pick
+from echo_infinity.budget import DTYPES, GIB, Choice, capacity, choices, items, pick
 from echo_infinity.config import EchoConfig, preset
 
 
@@ -45,8 +45,7 @@ def plan(args: argparse.Namespace) -> tuple[list[str], bool]:
     room = capacity(args.gpu)
     chosen = pick(config, room, first)
     if chosen is None:
-        least = replace(first, weights="fp8", kv="fp8", text="file", decoder_dtype="bfloat16")
-        least = replace(least, decoder="tiny" if decoder == "wan" else decoder)
+        *_, least = choices(first)
         return [
             *_table(config, least),
             f"does not fit {args.gpu}, whatever the settings: lower --size or --streams",

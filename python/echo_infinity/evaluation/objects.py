@@ -16,7 +16,7 @@ from echo_infinity.worlds.grammar import SHAPES
 from echo_infinity.worlds.motion import SIZE, ObjectSpec
 from echo_infinity.worlds.render import object_coverage
 
-MIN_PIXELS = 40  # half of the smallest shape
+_LEAST_PIXELS = 40  # half of the smallest shape
 _COLOUR_DISTANCE = 80.0  # from an object's colour: generated edges are softer than drawn ones
 _LEAST_FIT = 0.25  # a soft edge may have another object's colour, but it is a ring
 _RADII = np.arange(5.0, 12.5, 0.5)
@@ -37,12 +37,11 @@ class Found:
     fit: float
 
 
-def find_objects(frame: Tensor, min_pixels: int = MIN_PIXELS) -> list[Found]:
+def find_objects(frame: Tensor) -> list[Found]:
     """Return the objects of a frame, the largest first.
 
     Args:
         frame: ``(3, 64, 64)`` uint8.
-        min_pixels: smaller patches are left out.
 
     Raises:
         ValueError: another size of frame.
@@ -54,7 +53,7 @@ def find_objects(frame: Tensor, min_pixels: int = MIN_PIXELS) -> list[Found]:
     for number in index.unique().tolist():
         if number < 0:
             continue
-        large = [patch for patch in patches(index == number) if patch.sum() >= min_pixels]
+        large = [patch for patch in patches(index == number) if patch.sum() >= _LEAST_PIXELS]
         found += [_describe(COLOUR_NAMES[number], patch) for patch in large]
     return sorted((x for x in found if x.fit >= _LEAST_FIT), key=lambda x: -x.pixels)
 

@@ -21,12 +21,14 @@ class Rollout:
 
     Args:
         checkpoint: the model.
-        policy: a name in ``echo_infinity.policies.POLICIES``.
+        policy: a name in ``echo_infinity.policies.POLICIES``; None is the one that the model was trained under.
         prompts: one a stream.
         seeds: one a stream.
     """
 
-    def __init__(self, checkpoint: Checkpoint, policy: str, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, policy: str | None, prompts: Sequence[str], seeds: Sequence[int]
+    ) -> None:
         self.checkpoint = checkpoint
         self.sampler = make_sampler(checkpoint, policy, self._text(prompts), _noise(seeds), len(seeds))
         self._decoder: State | None = None

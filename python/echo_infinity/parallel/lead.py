@@ -145,7 +145,7 @@ class Lead:
     def _start(
         self, pipe: EchoPipeline, memory: str, batch: int, memory_dtype: torch.dtype | None, text: _TextShapes
     ) -> SplitSampler:
-        received = self._receive(pipe, text)
+        received = _receive(text, pipe.config.model.layers, pipe.device)
         return SplitSampler(pipe.generator(memory), received, None, self.split, batch, memory_dtype)
 
     def _obey(self, sampler: SplitSampler, order: _Order) -> None:
@@ -154,7 +154,8 @@ class Lead:
             sampler.drawn = given["noise"]
             sampler.next_block()
         elif order.name == "switch":
-            sampler.switch(self._receive_like(sampler, given["text"]), **given["options"])
+            text = _receive(given["text"], len(sampler.text), sampler.generator.device)
+            sampler.switch(text, **given["options"])
         elif order.name == "observe":
             sampler.observe(given["latents"].to(sampler.generator.device))
         elif order.name == "collect":
@@ -163,12 +164,6 @@ class Lead:
             sampler.take(None, given["common"], given["frame"])
         else:
             raise AssertionError(f"unknown order {order.name}")
-
-    def _receive_like(self, sampler: SplitSampler, text: _TextShapes) -> list[KV]:
-        return _receive(text, len(sampler.text), sampler.generator.device)
-
-    def _receive(self, pipe: EchoPipeline, text: _TextShapes) -> list[KV]:
-        return _receive(text, pipe.config.model.layers, pipe.device)
 
     def _tell(self, order: _Order) -> None:
         distributed.broadcast_object_list([order], src=0, group=self._group, device=torch.device("cpu"))

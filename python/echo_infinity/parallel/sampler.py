@@ -48,7 +48,7 @@ class SplitSampler(BlockSampler):
     ) -> None:
         self.split = split
         self.drawn: list[Tensor] = []  # noise of the coming block
-        super().__init__(generator, text, noise or self._given, batch, memory_dtype, graphs=False)
+        super().__init__(generator, text, noise or _with_the_order, batch, memory_dtype, graphs=False)
         if not split.first:
             self.finite = NoWatch()
 
@@ -74,14 +74,15 @@ class SplitSampler(BlockSampler):
             frame: the stream's place.
         """
         if self.memory is not None:
-            self.memory.load_tensors(memory_part(common))
+            self.memory.load_tensors(memory_part(common, self.generator.device))
         self.window.copy_(common["window"])
         for name, x in self.cache.tensors().items():
             self.split.scatter_heads(x, None if caches is None else caches[f"cache.{name}"])
         self.frame = frame
 
-    def _given(self, block: int, step: int, shape: tuple[int, ...]) -> Tensor:
-        return self.drawn[step]
+    def draw(self, step: int) -> Tensor:
+        """Noise of the coming block, as it came with the order."""
+        return self.drawn[step].to(self.generator.device, non_blocking=True)
 
     def _common(self) -> dict[str, Tensor]:
         memory = {} if self.memory is None else {f"memory.{k}": x for k, x in self.memory.tensors().items()}
@@ -122,8 +123,6 @@ class LeadSampler(SplitSampler):
 
     def observe(self, latents: Tensor) -> None:
         """Take a block as given, on every process."""
-        if latents.shape != self._shape:
-            raise ValueError(f"a block of this stream is {self._shape}, got {tuple(latents.shape)}")
         with self._order("observe", latents=latents.cpu()):
             super().observe(latents)
 
@@ -154,12 +153,12 @@ class LeadSampler(SplitSampler):
             self.drawn = noise
             return super()._next()
 
-    def draw(self, step: int) -> Tensor:
-        """Noise of the coming block, as the others were given it."""
-        return self.drawn[step].to(self.generator.device, non_blocking=True)
-
     def _order(self, name: str, **arguments: Any) -> Any:
         return self._lead.order(name, self._number, arguments)
+
+
+def _with_the_order(block: int, step: int, shape: tuple[int, ...]) -> Tensor:
+    raise AssertionError("noise comes from the first process, with each order")
 
 
 def _all_heads(x: Tensor, world: int) -> torch.Size:

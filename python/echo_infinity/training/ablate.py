@@ -19,7 +19,6 @@ from echo_infinity.codec import Codec
 from echo_infinity.config import EchoConfig, preset
 from echo_infinity.evaluation.journal import Journal
 from echo_infinity.evaluation.recall import Recall, RecallTest, cells
-from echo_infinity.training.align import attend_by_place, copy_by_place
 from echo_infinity.training.clips import Clips, join_clips, load_clips
 from echo_infinity.training.flow import FlowTrainer, FlowTraining
 from echo_infinity.weights import load_checkpoint
@@ -139,11 +138,7 @@ class Runner:
             return
         trainer.start_from_checkpoint(load_checkpoint(self.start)._replace(memory=None))
         if by_place:
-            latents = trainer.clips.latents[:32, : 2 * self.config.window.frames_per_block].float()
-            attend_by_place(trainer.config, trainer.model, latents, trainer.text.embed(trainer.words[:32]))
-            if trainer.memory is not None and trainer.memory.config.positions:  # a copier needs places
-                copy_by_place(trainer.memory)
-        trainer.average_anew()
+            trainer.start_by_place()
 
     @torch.no_grad()
     def measure(self, trainer: FlowTrainer, model: str) -> dict[str, float]:

@@ -50,6 +50,15 @@ def clip_flow(model: CausalDiT, geometry: Geometry, x: Tensor, sigma: Tensor, te
     return flow.float()
 
 
+def check_words(checkpoint: Checkpoint) -> None:
+    """Raise unless a model has learned its own words: others' text encoders can't be trained along."""
+    if not isinstance(checkpoint.text, GrammarText):
+        raise ValueError(
+            f"{checkpoint.config.name} reads prompts with {type(checkpoint.text).__name__}; these stages train models "
+            "that have learned their own words, as the bundled one"
+        )
+
+
 def encode_prompts(model: CausalDiT, text: GrammarText, prompts: Prompts) -> list[KV]:
     """Return each layer's K/V of prompts."""
     return model.encode_text(text.embed([[] if prompt is None else text.tokenise(prompt) for prompt in prompts]))
@@ -64,7 +73,7 @@ class Denoiser:
         trained: whether its weights may be trained; else they are frozen.
 
     Raises:
-        ValueError: the model is causal.
+        ValueError: the model is causal, or reads prompts with another's encoder.
     """
 
     def __init__(self, checkpoint: Checkpoint, ranks: Ranks, *, trained: bool) -> None:
@@ -74,6 +83,7 @@ class Denoiser:
                 f"{checkpoint.config.name} is a causal model ({w.frames_per_block} frames a block): give one that "
                 "'train flow --bidirectional' made"
             )
+        check_words(checkpoint)
         self.config, self.frames = checkpoint.config, w.frames_per_block
         self.model, self.text = copy.deepcopy(checkpoint.model), copy.deepcopy(checkpoint.text)
         self.geometry = Geometry(self.config, ranks.device)

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from echo_infinity.ranks import join_ranks, leave_ranks
-from echo_infinity.training.matching import Matching, MatchingTrainer, add_model_arguments, load_models
-from echo_infinity.training.options import add_settings, read_settings
-from echo_infinity.training.prompts import load_prompts
+from echo_infinity.training.matching import Matching, MatchingTrainer, add_model_arguments, run_stage
+from echo_infinity.training.options import add_settings
 from echo_infinity.training.rollout import roll_out
 
 
@@ -29,22 +27,8 @@ class DistillTrainer(MatchingTrainer):
 
     name = "distill"
 
-    def take_step(self) -> dict[str, float]:
-        """Roll out, step the generator if it is its turn, step the fake score."""
-        s = self.settings
-        generator = torch.Generator().manual_seed((s.seed << 32) + self.step)
-        turn = self.step % s.ratio == 0
-        row: dict[str, float] = {}
-        for _ in range(s.accumulate):
-            with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=s.bf16, cache_enabled=False):
-                found = self.batch(generator, turn)
-            row = {name: row.get(name, 0.0) + x / s.accumulate for name, x in found.items()}
-        if turn:
-            row |= self.update_generator()
-        return row | self.update_fake() | self.probe()
-
     def batch(self, generator: torch.Generator, turn: bool) -> dict[str, float]:
-        """Generate one batch and leave the gradients of both losses, the generator's only in its turn."""
+        """Generate a batch of clips, each from its stream's beginning."""
         s, rows = self.settings, self.ranks.rows(self.settings.batch)
         prompts = [self.prompts[i] for i in self.draw_prompts(generator)][rows]
         exit_step = int(torch.randint(len(self.levels), (), generator=generator))
@@ -76,14 +60,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train (or go on training) as the options say; return the exit code."""
-    settings = read_settings(Distillation, args, "distill")
-    prompts, ranks = load_prompts(args.prompts), join_ranks()
-    try:
-        trainer = DistillTrainer(settings, *load_models(args), prompts, args.out, ranks)
-        if not args.restart:
-            trainer.resume()
-        done = trainer.train(save_every=args.save_every)
-        trainer.finish()
-    finally:
-        leave_ranks()
-    return trainer.say_goodbye(done)
+    return run_stage(args, Distillation, DistillTrainer)

@@ -37,17 +37,17 @@ def average_gradients(ranks: Ranks, parameters: Iterable[nn.Parameter]) -> None:
     """Average the gradients of parameters that are kept whole, in one message; FSDP has averaged the others."""
     if ranks.mesh is None:
         return
-    whole = [x for x in parameters if x.requires_grad and not isinstance(x, DTensor)]
-    if not whole:
+    kept = [x for x in parameters if x.requires_grad and not isinstance(x, DTensor)]
+    if not kept:
         return
     # What no process reached keeps no gradient, as alone: an optimiser leaves it as it is.
-    reached = ranks.total(torch.tensor([float(x.grad is not None) for x in whole], device=ranks.device)).tolist()
-    whole = [x for x, count in zip(whole, reached, strict=True) if count]
-    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in whole]
+    reached = ranks.total(torch.tensor([float(x.grad is not None) for x in kept], device=ranks.device)).tolist()
+    kept = [x for x, count in zip(kept, reached, strict=True) if count]
+    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in kept]
     if not grads:
         return
     flat = ranks.total(torch.cat([grad.flatten() for grad in grads])) / ranks.world
-    for x, mean in zip(whole, flat.split([x.numel() for x in whole]), strict=True):
+    for x, mean in zip(kept, flat.split([x.numel() for x in kept]), strict=True):
         x.grad = mean.view_as(x)
 
 

@@ -40,8 +40,7 @@ class DriftProbe:
             no run. And ``motion``, the mean level: a video that stands still drifts least.
         """
         config = checkpoint.config
-        policy = "sink" if (config.policy, checkpoint.memory) == ("evolving", None) else config.policy
-        rollout = Rollout(checkpoint, policy, self.prompts, range(self.seed, self.seed + len(self.prompts)))
+        rollout = Rollout(checkpoint, None, self.prompts, range(self.seed, self.seed + len(self.prompts)))
         for _ in range(-(-config.window.window_frames // config.window.frames_per_block)):
             rollout.next_block()
         series: dict[str, list[torch.Tensor]] = {name: [] for name in LEVELS}

@@ -45,7 +45,7 @@ class FlowTraining:
         entry_share: share of the other batches that are of clips with a first sight in the same, graded, block.
         reappear_weight: weight of blocks in which objects come back; only memory can lower their loss.
         object_weight: extra weight of the latents that objects cover, a few in a hundred; where it is uncertain
-            whether one shows, it makes the model believe in it sooner. Falls to nothing over the run.
+            whether one shows, it makes the model believe in it sooner.
         reappear_noise: least ``u`` (noise level before the shift) in those blocks, and in half of first sights.
         shift: of the training noise levels.
         context_noise: largest standard deviation of noise on the clean latents that a context pass caches.
@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
     settings = read_settings(FlowTraining, args, "flow")
     config = configure(preset(args.preset), settings)
     clips = join_clips([load_clips(folder) for folder in args.clips], settings.blocks)
+    codec = Codec.load(args.codec)  # now, not after hours
     ranks = join_ranks()
     try:
         trainer = FlowTrainer(settings, config, clips, args.out, ranks)
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
             if args.by_place:
                 trainer.start_by_place()
         done = trainer.train()
-        trainer.export(Codec.load(args.codec))
+        trainer.export(codec)
     finally:
         leave_ranks()
     return trainer.say_goodbye(done)
@@ -163,7 +164,7 @@ class FlowTrainer(GeneratorTrainer):
             raise ValueError("start by place on one process, then go on from its model on several")
         latents = self.clips.latents[:32, : 2 * self.config.window.frames_per_block].float()
         attend_by_place(self.config, self.model, latents, self.text.embed(self.words[:32]))
-        if self.memory is not None:
+        if self.memory is not None and self.memory.config.positions:  # a copier needs places
             copy_by_place(self.memory)
         self.average_anew()
 
@@ -254,7 +255,7 @@ class FlowTrainer(GeneratorTrainer):
                 if not own:
                     share = None
                     if s.object_weight:
-                        share = 1 + s.object_weight * (1 - self.step / s.steps) * object_share(x0)
+                        share = 1 + s.object_weight * object_share(x0)
                     losses.append(flow_loss(flow, x0, noise, share))
                     weights.append(torch.where(again, s.reappear_weight, 1.0))
                 predicted = to_x0(x_t, flow.detach(), sigma)

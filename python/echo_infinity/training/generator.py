@@ -19,7 +19,7 @@ from echo_infinity.policies import find_policy
 from echo_infinity.ranks import Ranks
 from echo_infinity.recall import StreamMemory
 from echo_infinity.text import GrammarText
-from echo_infinity.training.denoiser import Prompts, encode_prompts
+from echo_infinity.training.denoiser import Prompts, check_words, encode_prompts
 from echo_infinity.training.distributed import shard, spread, whole
 from echo_infinity.training.loop import Trainer
 from echo_infinity.training.passes import StreamPasses
@@ -99,6 +99,7 @@ class GeneratorTrainer(Trainer):
         Raises:
             ValueError: its parts have other shapes.
         """
+        check_words(loaded)
         if loaded.config.model != self.config.model:
             raise ValueError(f"can't start from {loaded.config.model}: this run trains {self.config.model}")
         values = {f"model.{name}": x for name, x in loaded.model.state_dict().items()}

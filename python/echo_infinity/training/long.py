@@ -14,13 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from echo_infinity.ranks import join_ranks, leave_ranks
 from echo_infinity.training.distributed import whole
 from echo_infinity.training.lora import add_lora, merge_lora, peft_names
-from echo_infinity.training.matching import Matching, MatchingTrainer, add_model_arguments, load_models
-from echo_infinity.training.options import add_settings, read_settings
+from echo_infinity.training.matching import Matching, MatchingTrainer, add_model_arguments, run_stage
+from echo_infinity.training.options import add_settings
 from echo_infinity.training.passes import StreamPasses
-from echo_infinity.training.prompts import load_prompts
 from echo_infinity.training.rollout import roll_out
 from echo_infinity.weights import write_tensors
 
@@ -76,22 +74,8 @@ class LongTrainer(MatchingTrainer):
         for model in (self.model, self.fake.model):
             add_lora(model, s.rank, s.alpha)
 
-    def take_step(self) -> dict[str, float]:
-        """Go on by a chunk (or as many as gradients are accumulated over), and step whose turn it is."""
-        s = self.settings
-        generator = torch.Generator().manual_seed((s.seed << 32) + self.step)
-        turn = self.step % s.ratio == 0
-        row: dict[str, float] = {}
-        for _ in range(s.accumulate):
-            with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=s.bf16, cache_enabled=False):
-                found = self.chunk(generator, turn)
-            row = {name: row.get(name, 0.0) + x / s.accumulate for name, x in found.items()}
-        if turn:
-            row |= self.update_generator()
-        return row | self.update_fake() | self.probe()
-
-    def chunk(self, generator: torch.Generator, turn: bool) -> dict[str, float]:
-        """Generate the next chunk and leave the gradients of both losses; cut the history behind it."""
+    def batch(self, generator: torch.Generator, turn: bool) -> dict[str, float]:
+        """Go on with the streams by a chunk; cut the history behind it."""
         s, w = self.settings, self.config.window
         if self.rollout is None or self.rollout.stream.frame + s.chunk - s.overlap > s.frames:
             self.rollout = self._start(generator)
@@ -203,14 +187,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train (or go on training) as the options say; return the exit code."""
-    settings = read_settings(LongTuning, args, "long")
-    prompts, ranks = load_prompts(args.prompts), join_ranks()
-    try:
-        trainer = LongTrainer(settings, *load_models(args), prompts, args.out, ranks)
-        if not args.restart:
-            trainer.resume()
-        done = trainer.train(save_every=args.save_every)
-        trainer.finish()
-    finally:
-        leave_ranks()
-    return trainer.say_goodbye(done)
+    return run_stage(args, LongTuning, LongTrainer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from echo_infinity.ranks import Ranks
+from echo_infinity.ranks import Ranks, join_ranks, leave_ranks
 from echo_infinity.training.denoiser import Denoiser, Prompts
 from echo_infinity.training.distributed import average_gradients, clip_gradients, shard, spread
 from echo_infinity.training.drift import DriftProbe, Measure, should_stop
 from echo_infinity.training.generator import GeneratorTrainer
 from echo_infinity.training.losses import add_noise, dmd_gradient, flow_loss, score_level, surrogate_loss, to_x0
+from echo_infinity.training.options import read_settings
+from echo_infinity.training.prompts import load_prompts
 from echo_infinity.training.rollout import Levels, few_steps
 from echo_infinity.weights import Checkpoint, load_checkpoint
 
@@ -141,6 +144,24 @@ class MatchingTrainer(GeneratorTrainer):
         fused = ranks.world == 1
         return {"fake_adam": AdamW(groups, lr=settings.fake_rate, betas=self.betas, weight_decay=0.01, fused=fused)}
 
+    def take_step(self) -> dict[str, float]:
+        """Accumulate gradients over batches; step the fake score and, in its turn, the generator."""
+        s = self.settings
+        generator = torch.Generator().manual_seed((s.seed << 32) + self.step)
+        turn = self.step % s.ratio == 0
+        row: dict[str, float] = {}
+        for _ in range(s.accumulate):
+            with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=s.bf16, cache_enabled=False):
+                found = self.batch(generator, turn)
+            row = {name: row.get(name, 0.0) + x / s.accumulate for name, x in found.items()}
+        if turn:
+            row |= self.update_generator()
+        return row | self.update_fake() | self.probe()
+
+    @abstractmethod
+    def batch(self, generator: torch.Generator, turn: bool) -> dict[str, float]:
+        """Generate a batch and leave the gradients of both losses, the generator's only in its turn."""
+
     def draw_prompts(self, generator: torch.Generator) -> list[int]:
         """Draw the prompts of a whole batch, of all processes."""
         return torch.randint(len(self.prompts), (self.settings.batch,), generator=generator).tolist()
@@ -257,3 +278,18 @@ def load_models(args: argparse.Namespace) -> tuple[Checkpoint, Checkpoint, Check
     """Load student, teacher and fake score."""
     student, teacher = load_checkpoint(args.student), load_checkpoint(args.teacher)
     return student, teacher, teacher if args.fake is None else load_checkpoint(args.fake)
+
+
+def run_stage(args: argparse.Namespace, settings: type[Matching], trainer: type[MatchingTrainer]) -> int:
+    """Train a stage (or go on with it) as the options say; return the exit code."""
+    chosen = read_settings(settings, args, trainer.name)
+    prompts, ranks = load_prompts(args.prompts), join_ranks()
+    try:
+        run = trainer(chosen, *load_models(args), prompts, args.out, ranks)
+        if not args.restart:
+            run.resume()
+        done = run.train(save_every=args.save_every)
+        run.finish()
+    finally:
+        leave_ranks()
+    return run.say_goodbye(done)
