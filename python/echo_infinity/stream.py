@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from types import TracebackType
@@ -16,15 +17,18 @@ import torch
 from torch import Tensor
 
 from echo_infinity.cache import KV
-from echo_infinity.codec import TIME_STRIDE, to_uint8
+from echo_infinity.codec import TIME_STRIDE, to_uint8, to_unit
 from echo_infinity.finite import NonFiniteError
 from echo_infinity.lane import Lane
 from echo_infinity.noise import counter_noise
+from echo_infinity.prompts import TimedPrompt, due
 from echo_infinity.settings import PromptChange, StreamSettings
 from echo_infinity.state import SavedStream, SavedVideo, write_state
 
 if TYPE_CHECKING:
+    from echo_infinity.batch import RowSampler
     from echo_infinity.pipeline import EchoPipeline
+    from echo_infinity.sampler import BlockSampler
 
 
 class AutosaveWarning(UserWarning):
@@ -39,20 +43,30 @@ class Stream:
     they wait for the block in work.
     """
 
-    def __init__(self, pipe: EchoPipeline, prompt: PromptChange, settings: StreamSettings) -> None:
+    def __init__(
+        self,
+        pipe: EchoPipeline,
+        prompt: PromptChange,
+        settings: StreamSettings,
+        sampler: BlockSampler | RowSampler | None = None,
+    ) -> None:
         self.pipe, self.settings = pipe, settings
         self.prompts: list[PromptChange] = [prompt]
         self.video: SavedVideo | None = None  # of the run that a resumed stream continues
-        noise = settings.noise or counter_noise(settings.seed)
-        pipe.generator(settings.memory)  # refuses before the prompt is encoded
-        self._sampler = pipe.sampler(settings.memory, pipe.encode_prompt(prompt.prompt), noise, settings.memory_dtype)
+        if sampler is None:
+            noise = settings.noise or counter_noise(settings.seed)
+            pipe.generator(settings.memory)  # refuses before the prompt is encoded
+            sampler = pipe.sampler(settings.memory, pipe.encode_prompt(prompt.prompt), noise, settings.memory_dtype)
+        self._sampler = sampler
         self._decoder: dict[str, Tensor] | None = None
         self._switch: tuple[PromptChange, list[KV]] | None = None
-        self._undecoded = 0
+        self._undecoded: deque[bool] = deque()  # of each block that waits for its decoding, whether it begins a shot
+        self._frames_before = 0  # of the shots before this one
+        self.schedule: deque[TimedPrompt] = deque()  # what is still to come
         self._lane = Lane(pipe.device)
         self._failure: NonFiniteError | None = None
         self._closed = False
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._saved_at = time.monotonic()
 
     @property
@@ -63,7 +77,7 @@ class Stream:
     @property
     def frames(self) -> int:
         """Pixel frames that the blocks so far stand for."""
-        return max(0, TIME_STRIDE * self._sampler.frame - (TIME_STRIDE - 1))
+        return self._frames_before + max(0, TIME_STRIDE * self._sampler.frame - (TIME_STRIDE - 1))
 
     @property
     def seconds(self) -> float:
@@ -90,15 +104,18 @@ class Stream:
             NonFiniteError: NaN or Inf; every later call raises it again, and the stream can't be saved any more.
             StopIteration: the stream is closed.
         """
-        with self._lock:
+        with self.lock:
             if self._closed:
                 raise StopIteration
             self._autosave()
-            latents = self.next_latents()
-            output = self.decode(latents) if self.settings.output_type == "pixels" else latents
-            if self.settings.callback is not None:
-                self.settings.callback(self, self.block - 1, output)
-            return output
+            return self.finish(self.next_latents())
+
+    def finish(self, latents: Tensor) -> Tensor:
+        """Make of a block's latents what iterating gives, and tell the callback."""
+        output = self.decode(latents) if self.settings.output_type == "pixels" else latents
+        if self.settings.callback is not None:
+            self.settings.callback(self, self.block - 1, output)
+        return output
 
     def next_latents(self) -> Tensor:
         """Generate a block and leave its decoding to the caller, who hands it to :meth:`decode`, say in a thread.
@@ -110,19 +127,37 @@ class Stream:
             NonFiniteError: as iteration does.
             ValueError: the stream is closed.
         """
-        with self._lock:
-            self._check_usable()
-            if self._switch is not None:
-                self._apply_switch()
-            try:
-                latents = self._sampler.next_block()
-            except NonFiniteError as error:
-                self._failure = error
-                raise
-            self._undecoded += 1
-            own = latents[0].clone()  # a plain tensor, not one of inference mode
-            self._lane.made()
-            return own
+        with self.lock:
+            self.begin_block()
+            return self.take_block()
+
+    def look_ahead(self) -> bool:
+        """Ask for the prompt that the schedule has for the next block; return whether that block begins a new shot.
+
+        Raises:
+            NonFiniteError, ValueError: the stream can't go on.
+        """
+        self._check_usable()
+        self._follow_schedule()
+        return self._switch is not None and self._switch[0].cut and self._sampler.frame > 0
+
+    def begin_block(self) -> None:
+        """Change the prompt, if the next block has another."""
+        self.look_ahead()
+        if self._switch is not None:
+            self._apply_switch()
+
+    def take_block(self) -> Tensor:
+        """Generate the block, as :meth:`next_latents` returns it."""
+        try:
+            latents = self._sampler.next_block()
+        except NonFiniteError as error:
+            self._failure = error
+            raise
+        self._undecoded.append(self._sampler.frame == self.pipe.config.window.frames_per_block)
+        own = latents[0].clone()  # a plain tensor, not one of inference mode
+        self._lane.made()
+        return own
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode the blocks of :meth:`next_latents`, each once and in order.
@@ -137,7 +172,8 @@ class Stream:
             NonFiniteError: the decoder gave NaN or Inf.
         """
         with torch.inference_mode(), self._lane.use(latents):
-            pixels, state = self.pipe.codec.decode(latents[None].to(self.pipe.device), self._decoder)
+            before = None if self._undecoded and self._undecoded[0] else self._decoder
+            pixels, state = self.pipe.codec.decode(latents[None].to(self.pipe.device), before)
             if not torch.isfinite(pixels).all():
                 self._failure = NonFiniteError("the decoder gave NaN or Inf; resume from the last saved state")
                 raise self._failure
@@ -148,25 +184,46 @@ class Stream:
             self._failure = error
             raise
         self._decoder = state
-        self._undecoded -= 1
+        if self._undecoded:
+            self._undecoded.popleft()
         return frames.clone(memory_format=torch.contiguous_format)
 
-    def switch(self, prompt: str, *, global_sink: bool = True, memory_recache: bool = False) -> None:
+    def switch(self, prompt: str, *, global_sink: bool = True, memory_recache: bool = False, cut: bool = False) -> None:
         """Change the prompt at the next block boundary; a later call before it replaces this one.
 
         Args:
             prompt: the new text.
             global_sink: keep the sink's keys and values, which hold the first scene; False re-makes them too.
             memory_recache: start the memory over from the frames in the window.
+            cut: begin a new shot instead, as a new stream would: nothing of the frames before is seen or remembered.
 
         Raises:
             ValueError: an empty or too long prompt, or the stream is closed.
         """
-        change = PromptChange(prompt, self.block, global_sink, memory_recache)
+        change = PromptChange(prompt, self.block, global_sink, memory_recache, cut)
         text = self.pipe.encode_prompt(prompt)
-        with self._lock:
+        with self.lock:
             self._check_usable()
             self._switch = change, text
+
+    @torch.inference_mode()
+    def start_from(self, image: Tensor) -> None:
+        """Give the first frame of the stream, before its first block.
+
+        Args:
+            image: ``(H, W, 3)`` uint8.
+
+        Raises:
+            ValueError: another shape or type, the stream has begun, or the model can't.
+        """
+        shape = *self.pipe.size, 3
+        if image.shape != shape or image.dtype != torch.uint8:
+            raise ValueError(f"an image is {shape} uint8 here, got {tuple(image.shape)} {image.dtype}")
+        frame = to_unit(image).permute(2, 0, 1)[None, None].to(self.pipe.device)
+        with self.lock:
+            self._check_usable()
+            latents, _ = self.pipe.codec.encode(frame)
+            self._sampler.start_from(latents)
 
     def save(self, path: str | os.PathLike[str], *, video: SavedVideo | None = None) -> None:
         """Write everything that the stream's future depends on to one file, in place of what was there.
@@ -180,7 +237,7 @@ class Stream:
             OSError: the disk refused; the file is left as it was.
             ValueError: the stream is closed, or blocks wait for :meth:`decode`.
         """
-        with self._lock:
+        with self.lock:
             self._check_usable()
             tensors = self._tensors()
             if bad := [name for name, x in tensors.items() if x.is_floating_point() and not torch.isfinite(x).all()]:
@@ -196,17 +253,17 @@ class Stream:
 
     def fork(self) -> Stream:
         """Return an independent stream that goes on from here with the same bits; it has no callback or autosave."""
-        with self._lock:
+        with self.lock:
             self._check_usable()
             twin = Stream(self.pipe, self.prompts[-1], replace(self.settings, callback=None, autosave=None))
-            twin._load(self._tensors(), self._sampler.frame)
             twin.prompts = list(self.prompts)
-            twin._switch = self._switch
+            twin._load(self._tensors(), self._sampler.frame)
+            twin._switch, twin.schedule = self._switch, self.schedule.copy()
             return twin
 
     def close(self) -> None:
         """Stop; the stream's memory is freed once nothing refers to it."""
-        with self._lock:
+        with self.lock:
             self._closed = True
 
     def __enter__(self) -> Stream:
@@ -219,9 +276,10 @@ class Stream:
 
     def restore(self, saved: SavedStream) -> None:
         """Take the place of a saved stream; :meth:`EchoPipeline.resume` checks that it may."""
-        self._load(saved.tensors, saved.meta["frame"])
         self.prompts = [PromptChange(**change) for change in saved.meta["prompts"]]
+        self._load(saved.tensors, saved.meta["frame"])
         self.video = saved.video
+        self.schedule.extend(TimedPrompt(**prompt) for prompt in saved.meta.get("schedule", []))
         if saved.meta["switch"] is not None:
             change = PromptChange(**saved.meta["switch"])
             self._switch = change, self.pipe.encode_prompt(change.prompt)
@@ -229,9 +287,21 @@ class Stream:
     def _apply_switch(self) -> None:
         assert self._switch is not None
         change, text = self._switch
-        self._sampler.switch(text, global_sink=change.global_sink, memory_recache=change.memory_recache)
+        if change.cut and self._sampler.frame:
+            before = self.frames
+            self._sampler.cut(text)
+            self._frames_before = before
+        else:  # at a shot's start there is nothing to cut
+            change = replace(change, cut=False)
+            self._sampler.switch(text, global_sink=change.global_sink, memory_recache=change.memory_recache)
         self.prompts.append(replace(change, block=self.block))
         self._switch = None
+
+    def _follow_schedule(self) -> None:
+        """Ask for the newest prompt that is due; a cut that was passed over still cuts."""
+        passed = [self.schedule.popleft() for _ in range(due(self.schedule, self.seconds))]
+        if passed:
+            self.switch(passed[-1].prompt, cut=any(prompt.cut for prompt in passed))
 
     def _check_usable(self) -> None:
         if self._failure is not None:
@@ -244,14 +314,18 @@ class Stream:
         if self.settings.output_type == "latents":
             return named
         if self._undecoded:
-            raise ValueError(f"{self._undecoded} blocks wait to be decoded: pass them to decode() first")
+            raise ValueError(f"{len(self._undecoded)} blocks wait to be decoded: pass them to decode() first")
         return named | {f"codec.{name}": x for name, x in (self._decoder or {}).items()}
 
     def _load(self, tensors: dict[str, Tensor], frame: int) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
-        self._sampler.load_tensors(part("sampler."), frame)
+        cuts = [change.block for change in self.prompts if change.cut]
+        first_block = cuts[-1] if cuts else 0
+        per_block = self.pipe.config.window.frames_per_block
+        self._sampler.load_tensors(part("sampler."), frame, first_block)
+        self._frames_before = TIME_STRIDE * per_block * first_block - (TIME_STRIDE - 1) * len(cuts)
         device = self.pipe.device
         self._decoder = {name: x.to(device, copy=True) for name, x in part("codec.").items()} or None
 
@@ -269,6 +343,7 @@ class Stream:
             "memory_dtype": None if s.memory_dtype is None else str(s.memory_dtype).removeprefix("torch."),
             "output_type": s.output_type,
             "prompts": [asdict(change) for change in self.prompts],
+            "schedule": [asdict(prompt) for prompt in self.schedule],
             "switch": None if self._switch is None else asdict(self._switch[0]),
             "frame": self._sampler.frame,
             "blocks": self.block,
