@@ -200,8 +200,8 @@ class RowSampler:
 class StreamBatch:
     """Streams in step; made by :meth:`EchoPipeline.batch` and :meth:`EchoPipeline.resume_batch`.
 
-    Iterate to get the next block of each as a list. Each stream can be switched, saved and forked by itself; a fork, and
-    a resumed save, is no longer bound to the others.
+    Iterate to get the next block of each as a list. Each stream can be switched, saved and forked by itself; forks and
+    resumed saves are no longer bound to the others.
 
     Args:
         sampler: of all rows.

@@ -281,8 +281,7 @@ class EchoPipeline:
     def _check_request(self, settings: StreamSettings, schedule: Sequence[TimedPrompt]) -> None:
         if settings.output_type == "pixels" and isinstance(self.codec, LatentsOnly):
             raise ValueError(self.codec.reason)
-        for later in schedule:  # refused now, not when its time has come
-            self._text.encode([later.prompt])
+        self.check_prompts(schedule)
 
     def _saved_settings(
         self,
@@ -348,6 +347,15 @@ class EchoPipeline:
             ValueError: empty, too long, or without a known word.
         """
         return self.model.encode_text(self._text.encode([prompt]))
+
+    def check_prompts(self, schedule: Sequence[TimedPrompt]) -> None:
+        """Refuse now what would fail when its time has come.
+
+        Raises:
+            ValueError: a prompt is empty, too long, or without a known word.
+        """
+        for later in schedule:
+            self._text.encode([later.prompt])
 
     def sampler(
         self, memory: str, text: list[KV], noise: Noise, memory_dtype: torch.dtype | None = None

@@ -10,6 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ class Stream:
         self.pipe, self.settings = pipe, settings
         self.prompts: list[PromptChange] = [prompt]
         self.video: SavedVideo | None = None  # of the run that a resumed stream continues
+        self.resumed: Path | None = None  # and its file
         if sampler is None:
             noise = settings.noise or counter_noise(settings.seed)
             pipe.generator(settings.memory)  # refuses before the prompt is encoded
@@ -278,7 +280,7 @@ class Stream:
         """Take the place of a saved stream; :meth:`EchoPipeline.resume` checks that it may."""
         self.prompts = [PromptChange(**change) for change in saved.meta["prompts"]]
         self._load(saved.tensors, saved.meta["frame"])
-        self.video = saved.video
+        self.video, self.resumed = saved.video, saved.path
         self.schedule.extend(TimedPrompt(**prompt) for prompt in saved.meta.get("schedule", []))
         if saved.meta["switch"] is not None:
             change = PromptChange(**saved.meta["switch"])
