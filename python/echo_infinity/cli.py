@@ -139,12 +139,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _seeds(text: str) -> list[int]:
-    seeds = []
-    for part in text.split(","):
-        if not part.strip().isdecimal():
-            raise argparse.ArgumentTypeError(f"invalid int value: {part!r}")
-        seeds.append(int(part))
-    return seeds
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from error
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
