@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import resource
@@ -13,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from echo_infinity.finite import NonFiniteError
 from echo_infinity.parallel import ProcessesError
@@ -61,7 +61,8 @@ class Recorder:
         self.rest = torch.zeros(0, height, width, 3, dtype=torch.uint8) if stream.video is None else stream.video.rest
         self.saved: Path | None = None  # where the last good state of this run is
         self._error: OSError | VideoWriteError | None = None
-        self._waiting: deque[tuple[Tensor, int]] = deque()  # generated and not decoded yet
+        waiting = stream.waiting
+        self._waiting = deque(zip(waiting, range(stream.block - len(waiting), stream.block), strict=True))
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """Generate until the target is reached or ``stop()``, asked at every block boundary, says so.
@@ -73,19 +74,20 @@ class Recorder:
             NonFiniteError: NaN or Inf; no state is saved any more.
             VideoWriteError: the disk refused; the stream can still be saved, with the frames that aren't written.
             OSError: the same, from the file of hashes.
-            OutOfMemoryError: torch's; the stream can still be saved.
+            OutOfMemoryError: torch's; the stream can still be saved, with the blocks that could not be decoded.
         """
         try:
             return self._run(stop)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            while self._waiting:  # alone now: what is generated can be decoded before the stream is saved
-                self._take_next()
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self._take_all()  # alone now
             raise
 
     def _run(self, stop: Callable[[], bool]) -> bool:
-        made, saved_at = self.written + len(self.rest), time.monotonic()
         self._flush()
+        self._take_all()
+        made, saved_at = self.written + len(self.rest), time.monotonic()
         if self.autosave is not None:
             self._save_on_time()
         with ThreadPoolExecutor(1) as worker:
@@ -133,6 +135,10 @@ class Recorder:
         except (OSError, VideoWriteError) as error:
             kept = f"the state saved before is still at {self.saved}" if self.saved else "no state is saved yet"
             self.on_trouble(f"could not save the stream: {error}; {kept}; going on")
+
+    def _take_all(self) -> None:
+        while self._waiting:
+            self._take_next()
 
     def _take_next(self) -> None:
         latents, block = self._waiting[0]

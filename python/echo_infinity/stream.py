@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from types import TracebackType
@@ -48,7 +49,8 @@ class Stream:
         self._sampler = pipe.sampler(settings.memory, pipe.encode_prompt(prompt.prompt), noise, settings.memory_dtype)
         self._decoder: dict[str, Tensor] | None = None
         self._switch: tuple[PromptChange, list[KV]] | None = None
-        self._undecoded = 0
+        self._waiting: deque[Tensor] = deque()  # blocks that are not decoded yet
+        self._handover = threading.Lock()  # a decoded block leaves as the decoder's state moves on
         self._lane = Lane(pipe.device)
         self._failure: NonFiniteError | None = None
         self._closed = False
@@ -76,6 +78,11 @@ class Stream:
         return self.prompts[-1].prompt
 
     @property
+    def waiting(self) -> tuple[Tensor, ...]:
+        """Latents of the blocks that are generated and not decoded, oldest first; they are saved with the stream."""
+        return tuple(self._waiting)
+
+    @property
     def closed(self) -> bool:
         """Whether the stream was closed."""
         return self._closed
@@ -84,7 +91,7 @@ class Stream:
         return self
 
     def __next__(self) -> Tensor:
-        """Generate a block.
+        """Generate a block; one that waits for the decoder comes first.
 
         Raises:
             NonFiniteError: NaN or Inf; every later call raises it again, and the stream can't be saved any more.
@@ -94,10 +101,12 @@ class Stream:
             if self._closed:
                 raise StopIteration
             self._autosave()
-            latents = self.next_latents()
-            output = self.decode(latents) if self.settings.output_type == "pixels" else latents
+            if self.settings.output_type == "pixels":
+                output = self.decode(self._waiting[0] if self._waiting else self.next_latents())
+            else:
+                output = self._waiting.popleft() if self._waiting else self.next_latents()
             if self.settings.callback is not None:
-                self.settings.callback(self, self.block - 1, output)
+                self.settings.callback(self, self.block - 1 - len(self._waiting), output)
             return output
 
     def next_latents(self) -> Tensor:
@@ -119,9 +128,10 @@ class Stream:
             except NonFiniteError as error:
                 self._failure = error
                 raise
-            self._undecoded += 1
             own = latents[0].clone()  # a plain tensor, not one of inference mode
             self._lane.made()
+            if self.settings.output_type == "pixels":
+                self._waiting.append(own)
             return own
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -147,8 +157,10 @@ class Stream:
         except NonFiniteError as error:
             self._failure = error
             raise
-        self._decoder = state
-        self._undecoded -= 1
+        with self._handover:
+            self._decoder = state
+            if self._waiting:
+                self._waiting.popleft()
         return frames.clone(memory_format=torch.contiguous_format)
 
     def switch(self, prompt: str, *, global_sink: bool = True, memory_recache: bool = False) -> None:
@@ -178,7 +190,7 @@ class Stream:
         Raises:
             NonFiniteError: the stream holds NaN or Inf; the file is left as it was.
             OSError: the disk refused; the file is left as it was.
-            ValueError: the stream is closed, or blocks wait for :meth:`decode`.
+            ValueError: the stream is closed.
         """
         with self._lock:
             self._check_usable()
@@ -241,11 +253,9 @@ class Stream:
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {f"sampler.{name}": x for name, x in self._sampler.tensors().items()}
-        if self.settings.output_type == "latents":
-            return named
-        if self._undecoded:
-            raise ValueError(f"{self._undecoded} blocks wait to be decoded: pass them to decode() first")
-        return named | {f"codec.{name}": x for name, x in (self._decoder or {}).items()}
+        with self._handover:
+            named |= {f"waiting.{i}": x for i, x in enumerate(self._waiting)}
+            return named | {f"codec.{name}": x for name, x in (self._decoder or {}).items()}
 
     def _load(self, tensors: dict[str, Tensor], frame: int) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
@@ -254,6 +264,8 @@ class Stream:
         self._sampler.load_tensors(part("sampler."), frame)
         device = self.pipe.device
         self._decoder = {name: x.to(device, copy=True) for name, x in part("codec.").items()} or None
+        waiting = part("waiting.")
+        self._waiting = deque(waiting[str(i)].to(device, copy=True) for i in range(len(waiting)))
 
     def _meta(self, video: SavedVideo | None) -> dict[str, Any]:
         s = self.settings

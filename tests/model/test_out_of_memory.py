@@ -32,7 +32,7 @@ class Full:
         return self._model(x, conditioning, text, cache, call, memory, output=output)
 
 
-def raise_out_of_memory(*_):
+def raise_out_of_memory(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
 
@@ -78,14 +78,31 @@ def test_a_switch_that_ran_out_of_memory_is_tried_again_with_the_same_bits(block
     assert_same_bits(streams[1], streams[0])
 
 
-@pytest.mark.parametrize("place", ["generating", "decoding"])
-def test_the_command_saves_the_stream_and_says_what_to_lower(echo, folder, monkeypatch, place):
+def test_a_block_that_could_not_be_decoded_is_saved_and_comes_first(tmp_path, monkeypatch):
+    pipe = small_pipe()
+    expected = list(itertools.islice(pipe.stream(CIRCLE), 6))
+    stream = pipe.stream(CIRCLE)
+    first = list(itertools.islice(stream, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.codec, "decode", raise_out_of_memory)
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                next(stream)
+            assert (stream.block, len(stream.waiting)) == (4, 1)
+        stream.save(tmp_path / "s.safetensors")
+    resumed = pipe.resume(tmp_path / "s.safetensors")
+    assert_same_bits(first + list(itertools.islice(stream, 3)), expected)
+    assert_same_bits(first + list(itertools.islice(resumed, 3)), expected)
+
+
+@pytest.mark.parametrize(("place", "times"), [("generating", 1), ("decoding", 1), ("decoding", 2), ("decoding", 99)])
+def test_the_command_saves_the_stream_and_says_what_to_lower(echo, folder, monkeypatch, place, times):
     plain = Stream.next_latents if place == "generating" else Stream.decode
     calls = [0]
 
     def sometimes(self, *args):
         calls[0] += 1
-        if calls[0] == 4:
+        if 4 <= calls[0] < 4 + times:
             raise_out_of_memory()
         return plain(self, *args)
 
@@ -97,9 +114,23 @@ def test_the_command_saves_the_stream_and_says_what_to_lower(echo, folder, monke
     assert "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.\n" in err
     assert "--text-device cpu, --decoder-dtype bfloat16, --kv fp8 or --weights fp8" in err
     assert "the stream is saved; go on with:" in err
+    with monkeypatch.context() as patch:  # out of memory again, before anything new is generated
+        patch.setattr(Stream, "decode", raise_out_of_memory)
+        patch.setattr(Stream, "next_latents", raise_out_of_memory)
+        assert echo("--resume", "out.state.safetensors", "--raw-hashes", "halves")[0] == 1
     assert echo("--resume", "out.state.safetensors", "--raw-hashes", "halves")[0] == 0
     assert hashes_of(folder / "halves") == hashes_of(folder / "whole")
     assert frames_of(folder / "out.mp4") == list(range(69))
+
+
+@pytest.mark.parametrize("place", ["from_pretrained", "stream"])
+def test_a_model_that_does_not_fit_is_one_line_that_says_what_to_lower(echo, folder, monkeypatch, place):
+    monkeypatch.setattr(EchoPipeline, place, raise_out_of_memory)
+    code, _, err = echo(CIRCLE, "--seconds", 1, "-o", "out.mp4")
+    assert code == 2
+    assert "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.; to take less, add --text-device cpu" in err
+    assert "echo-infinity plan" in err
+    assert not (folder / "out.mp4").exists()
 
 
 @pytest.mark.parametrize("lower", [{"kv": "fp8"}, {"weights": "fp8"}])

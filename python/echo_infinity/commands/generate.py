@@ -73,11 +73,12 @@ def run(args: argparse.Namespace) -> int:
             kept.clear()
             _leave_signals_to_the_first()
         return lead(pipe, lambda: _generate(args, _prepare(args, pipe, kept.pop()))) or 0
-    except _REFUSALS as error:
+    except (*_REFUSALS, torch.OutOfMemoryError) as error:
+        reason = f"{_no_room(error)}; {_LOWER}" if isinstance(error, torch.OutOfMemoryError) else str(error)
         if ranks.rank:
-            _say(f"process {ranks.rank}: {error}")
+            _say(f"process {ranks.rank}: {reason}")
             return 2
-        raise UserError(str(error)) from error
+        raise UserError(reason) from error
     finally:
         leave_ranks()
 
@@ -102,7 +103,7 @@ def _generate(args: argparse.Namespace, job: _Job) -> int:
         except (NonFiniteError, ProcessesError, VideoWriteError, ValueError, OSError) as error:
             return _failed(args, recorder, error)
         except torch.OutOfMemoryError as error:
-            code = _failed(args, recorder, RuntimeError(f"out of memory: {str(error).splitlines()[0]}"))
+            code = _failed(args, recorder, RuntimeError(_no_room(error)))
             _say(_LOWER)
             return code
         if not done:
@@ -226,6 +227,10 @@ def _target(
             raise ValueError(f"the video has {have} frames ({have / fps:.2f} s) already: ask for more, or --endless")
         raise ValueError(f"the length must be at least one frame, got {target}")
     return target
+
+
+def _no_room(error: torch.OutOfMemoryError) -> str:
+    return f"out of memory: {str(error).splitlines()[0]}"
 
 
 def _interrupted(args: argparse.Namespace, recorder: Recorder) -> int:
