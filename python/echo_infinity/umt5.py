@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from echo_infinity.checkpoints.entries import WEIGHT_DTYPES
 from echo_infinity.extras import library
 
 TOKENIZER_FILES = (
@@ -161,13 +162,18 @@ class Umt5Text:
     def _load(self) -> Any:
         if self._model is None:
             transformers = library("transformers", "a UMT5 text encoder")
-            model, report = transformers.UMT5EncoderModel.from_pretrained(
-                self.folder,
-                dtype=self.dtype or "auto",
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
+            try:
+                model, report = transformers.UMT5EncoderModel.from_pretrained(
+                    self.folder,
+                    dtype=self.dtype or "auto",
+                    local_files_only=True,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+            except (OSError, RuntimeError, SafetensorError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise ValueError(f"{self.folder} can't be read as a UMT5 encoder: {error}") from error
             wrong = {name: found for name, found in report.items() if found}
             if wrong:
                 raise ValueError(f"{self.folder} doesn't fit its configuration: {wrong}")
@@ -196,7 +202,7 @@ class PrecomputedText:
         width: of an embedding, the DiT's ``text_width``.
 
     Raises:
-        ValueError: missing, corrupt, or with embeddings of another shape.
+        ValueError: missing, corrupt, or with embeddings of another shape or kind of number.
     """
 
     def __init__(self, path: str | os.PathLike[str], tokens: int, width: int) -> None:
@@ -205,23 +211,26 @@ class PrecomputedText:
             raise ValueError(f"{path} is missing")
         try:
             with safe_open(self.path, framework="pt") as file:
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                found = {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
         except SafetensorError as error:
             raise ValueError(f"{path} is corrupt or truncated: {error}") from error
         wrong = [
-            f"{name!r} {s}" for name, s in shapes.items() if len(s) != 2 or not 1 <= s[0] <= tokens or s[1] != width
+            f"{name!r} {dtype} {s}"
+            for name, (s, dtype) in found.items()
+            if len(s) != 2 or not 1 <= s[0] <= tokens or s[1] != width or dtype not in WEIGHT_DTYPES
         ]
-        if wrong or not shapes:
+        if wrong or not found:
             raise ValueError(
                 f"{path} must hold embeddings (<= {tokens}, {width}) by prompt, found: {', '.join(wrong) or 'none'}"
             )
-        self.prompts = tuple(shapes)
+        self.prompts = tuple(found)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Look prompts up: ``(B, tokens, width)``, zeros past each one's length.
 
         Raises:
-            ValueError: a prompt is not in the file; lists those that are.
+            ValueError: a prompt is not in the file (lists those that are), or its embedding holds NaN or Inf.
         """
         known = {clean_prompt(name): name for name in self.prompts}
         rows = []
@@ -230,7 +239,10 @@ class PrecomputedText:
             if text not in known:
                 raise ValueError(f"no embedding of {prompt!r} in {self.path}; it holds: {', '.join(self.prompts)}")
             with safe_open(self.path, framework="pt") as file:
-                rows.append(file.get_tensor(known[text]))
+                row = file.get_tensor(known[text])
+            if not torch.isfinite(row).all():
+                raise ValueError(f"the embedding of {prompt!r} in {self.path} holds NaN or Inf")
+            rows.append(row)
         out = torch.zeros(len(rows), self.tokens, self.width, dtype=rows[0].dtype)
         for i, row in enumerate(rows):
             out[i, : len(row)] = row

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from echo_infinity.codec import SPACE_STRIDE, TIME_STRIDE, State
@@ -138,7 +139,7 @@ class WanVae(nn.Module):
             vae, report = diffusers.AutoencoderKLWan.from_pretrained(
                 folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} can't be read as a Wan VAE: {error}") from error
         wrong = {name: found for name, found in report.items() if found}
         if wrong:

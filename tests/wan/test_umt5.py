@@ -1,6 +1,9 @@
 """The UMT5 text encoder: transformers' numbers, zeros past the length, encoded once, freed and replaced."""
 
+import gc
+import json
 import sys
+import weakref
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from echo_infinity.extras import MissingExtraError
 from echo_infinity.umt5 import LongPromptWarning, PrecomputedText, Umt5Text, clean_prompt
 from numerics import assert_library_equal, assert_same_bits
 from safetensors.torch import load_file, save_file
+from test_hostile_files import Trap
 from transformers import AutoTokenizer, UMT5EncoderModel
 from umt5_files import WIDTH, encoder, original_names, plain_encoder, write_folder, write_original, write_tokenizer
 
@@ -134,14 +138,22 @@ def test_a_cache_that_cannot_be_written_warns_and_goes_on(tmp_path, folder):
         text_of(folder, cache=tmp_path / "file").encode([PROMPT])
 
 
-@pytest.mark.parametrize(("keep", "loaded"), [("loaded", True), ("cpu", True), ("freed", False)])
-def test_the_encoder_stays_moves_or_goes(folder, keep, loaded):
-    text = text_of(folder, keep=keep)
+@pytest.mark.parametrize(("keep", "moves"), [("loaded", []), ("cpu", ["cpu"]), ("freed", [])])
+def test_the_encoder_stays_moves_or_goes(folder, monkeypatch, keep, moves):
+    text, moved = text_of(folder, keep=keep), []
+    plain = UMT5EncoderModel.to
+    monkeypatch.setattr(UMT5EncoderModel, "to", lambda self, device: moved.append(str(device)) or plain(self, device))
+    text.device = torch.device("cpu", 0)  # told apart from main memory by its number alone
+    weights = weakref.ref(text._load().shared.weight)
     first = text.encode([PROMPT])
-    assert text.loaded == loaded
+    assert moved == ["cpu:0", *moves]
+    gc.collect()
+    assert text.loaded == (weights() is not None) == (keep != "freed")
     assert_same_bits(text.encode([PROMPT]), first)
     text.free()
+    gc.collect()
     assert not text.loaded
+    assert weights() is None
 
 
 def test_a_long_prompt_is_cut_with_a_warning_and_keeps_its_end_token(folder):
@@ -178,6 +190,54 @@ def test_precomputed_embeddings_replace_the_encoder(tmp_path, folder):
     assert_same_bits(text.encode([f" {PROMPT} "]), whole)
     with pytest.raises(ValueError, match=r"no embedding of 'unknown' in .*; it holds: "):
         text.encode(["unknown"])
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-8]), "is corrupt or truncated"),
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: save_file({PROMPT: torch.zeros(3, WIDTH, dtype=torch.int64)}, path), "found: '.*' I64"),
+        (
+            lambda path: save_file({PROMPT: torch.full((3, WIDTH), torch.nan)}, path),
+            "the embedding of '.*' in .* holds NaN or Inf",
+        ),
+    ],
+)
+def test_precomputed_embeddings_that_are_broken_are_refused(tmp_path, break_it, message):
+    path = tmp_path / "text.safetensors"
+    save_file({PROMPT: torch.zeros(3, WIDTH)}, path)
+    break_it(path)
+    with pytest.raises(ValueError, match=message):
+        PrecomputedText(path, TOKENS, WIDTH).encode([PROMPT])
+
+
+def test_a_truncated_encoder_is_refused(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="can't be read as a UMT5 encoder"):
+        text_of(folder).encode([PROMPT])
+
+
+def test_an_encoder_in_a_pickle_is_not_opened(tmp_path, folder):
+    (folder / "model.safetensors").unlink()
+    torch.save(Trap(tmp_path / "ran"), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"can't be read as a UMT5 encoder: .*model\.safetensors"):
+        text_of(folder).encode([PROMPT])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_that_a_folder_brings_along_does_not_run(tmp_path, folder, file):
+    (folder / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nclass Own: pass\n")
+    settings = json.loads((folder / file).read_text())
+    names = {"AutoConfig": "own.Own", "AutoModel": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
+    (folder / file).write_text(json.dumps(settings | {"auto_map": names}))
+    try:
+        text_of(folder).encode([PROMPT])
+    except ValueError as error:
+        assert "trust_remote_code" in str(error)  # noqa: PT017  refused or read without the code: both are safe
+    assert not (tmp_path / "ran").exists()
 
 
 def test_saved_embeddings_are_those_of_the_encoder(tmp_path, folder):

@@ -11,6 +11,7 @@ from echo_infinity.checkpoints.parts import write_decoder
 from echo_infinity.wanvae import WanVae
 from numerics import assert_same_bits
 from safetensors.torch import load_file, save_file
+from test_hostile_files import Trap
 from wan import vae
 
 CUTS = [[7], [3, 3, 1], [1] * 7, [2, 5], [1, 6]]
@@ -168,7 +169,7 @@ def test_a_vae_that_does_not_fit_is_refused_with_every_name(tmp_path):
     [
         (lambda folder: (folder / "config.json").unlink(), r"holds no config\.json"),
         (lambda folder: (folder / "diffusion_pytorch_model.safetensors").unlink(), "can't be read as a Wan VAE"),
-        (lambda folder: cut(folder / "diffusion_pytorch_model.safetensors"), "vae"),
+        (lambda folder: cut(folder / "diffusion_pytorch_model.safetensors"), "can't be read as a Wan VAE"),
     ],
 )
 def test_a_broken_folder_is_refused(tmp_path, change, message):
@@ -176,6 +177,17 @@ def test_a_broken_folder_is_refused(tmp_path, change, message):
     change(tmp_path / "vae")
     with pytest.raises(ValueError, match=message):
         WanVae.load(tmp_path / "vae")
+
+
+def test_a_vae_in_a_pickle_is_not_opened(tmp_path):
+    vae().save_pretrained(tmp_path / "vae")
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(Trap(tmp_path / "ran"), tmp_path / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="can't be read as a Wan VAE"):
+        WanVae.load(tmp_path / "vae")
+    with pytest.raises(ValueError, match=r"must hold one \.safetensors file"):
+        write_decoder(tmp_path / "vae", tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
 
 
 def cut(path):
