@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from echo_infinity.checkpoints.parts import write_text
+from echo_infinity.config import preset
 from echo_infinity.extras import MissingExtraError
 from echo_infinity.umt5 import LongPromptWarning, PrecomputedText, Umt5Text, clean_prompt
 from numerics import assert_library_equal, assert_same_bits
@@ -62,7 +63,8 @@ def test_original_names_cover_the_encoder(tmp_path):
 def test_folders_convert(tmp_path, folder, layout):
     source = folder
     if layout == "diffusers":
-        encoder().save_pretrained(tmp_path / "pipe" / "text_encoder")
+        encoder().save_pretrained(tmp_path / "pipe" / "text_encoder", max_shard_size="5KB")
+        assert (tmp_path / "pipe" / "text_encoder" / "model.safetensors.index.json").exists()
         write_tokenizer(tmp_path / "pipe" / "tokenizer")
         source = tmp_path / "pipe"
     write_text(source, None, tmp_path / "out", torch.float32)
@@ -154,6 +156,11 @@ def test_the_encoder_stays_moves_or_goes(folder, monkeypatch, keep, moves):
     gc.collect()
     assert not text.loaded
     assert weights() is None
+
+
+def test_the_official_model_reads_512_tokens():
+    model = preset("wan2.1-1.3b").model
+    assert (model.text_tokens, model.text_width) == (512, 4096)
 
 
 def test_a_long_prompt_is_cut_with_a_warning_and_keeps_its_end_token(folder):

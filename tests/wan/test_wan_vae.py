@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from echo_infinity.checkpoints import parts
 from echo_infinity.checkpoints.names import wan_vae
 from echo_infinity.checkpoints.parts import write_decoder
 from echo_infinity.wanvae import WanVae
@@ -140,6 +141,26 @@ def test_original_names_map_as_diffusers_maps_them():
     marked = {name: torch.tensor(float(i)) for i, name in enumerate(named)}
     expected = {name: float(x) for name, x in convert_wan_vae_to_diffusers(dict(marked)).items()}
     assert {rename(name): float(x) for name, x in marked.items()} == expected
+
+
+def test_the_original_file_converts(tmp_path, monkeypatch):
+    named = originals()
+    marked = {name: torch.tensor(float(i)).expand(x.shape) for i, (name, x) in enumerate(named.items())}
+    torch.save(marked, tmp_path / "Wan2.1_VAE.pth")
+    written = {}
+    monkeypatch.setattr(parts, "write_shards", lambda folder, stem, entries, **_: written.update(entries))
+    write_decoder(tmp_path / "Wan2.1_VAE.pth", tmp_path / "vae")
+    expected = convert_wan_vae_to_diffusers(dict(marked))
+    assert written.keys() == expected.keys()
+    for name, entry in written.items():
+        assert (entry.shape, entry.dtype) == (tuple(expected[name].shape), torch.float32)
+        assert entry.read().flatten()[0] == expected[name].flatten()[0]
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    assert (config["z_dim"], config["base_dim"]) == (16, 96)
+    del marked["conv2.bias"]
+    torch.save(marked, tmp_path / "Wan2.1_VAE.pth")
+    with pytest.raises(ValueError, match=r"missing post_quant_conv\.bias"):
+        write_decoder(tmp_path / "Wan2.1_VAE.pth", tmp_path / "other")
 
 
 @pytest.mark.parametrize("layout", ["folder", "pipeline"])
