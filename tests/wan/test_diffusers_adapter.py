@@ -7,6 +7,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from echo_infinity.adapters.diffusers import attach
+from echo_infinity.finite import NoWatch
 from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.noise import counter_noise
 from echo_infinity.sampler import BlockSampler, Generator
@@ -95,6 +96,15 @@ def test_a_model_loaded_in_bfloat16_streams_and_comes_back(tmp_path):
         assert {x.dtype for x in sampler.cache.tensors().values()} == {torch.bfloat16}
         assert sampler.memory.writes == 3
     assert_same_bits(dict(model.state_dict()), before)
+
+
+@torch.no_grad()
+def test_embeddings_may_be_on_another_device_than_the_model():
+    model = transformer().to("meta")  # stands in for a GPU
+    with attach(model, SIZE, memory=memory_of(model).to("meta"), text_tokens=12) as attached:
+        sampler = attached.stream(prompt())
+        sampler.finite = NoWatch()  # there are no numbers to look at
+        assert {x.device.type for x in take(sampler, 7)} == {"meta"}
 
 
 @torch.no_grad()

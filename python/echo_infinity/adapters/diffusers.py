@@ -100,7 +100,7 @@ class Attached:
         """Start a stream of latent blocks; any number may run on one model.
 
         Args:
-            embeddings: ``(B, n, text_dim)`` of the prompt, ``n <= text_tokens``.
+            embeddings: ``(B, n, text_dim)`` of the prompt, ``n <= text_tokens``, on any device.
             seed: of the noise.
             noise: the caller's own instead, see :mod:`echo_infinity.noise`.
 
@@ -128,7 +128,7 @@ class Attached:
             raise ValueError(
                 f"embeddings must be (B, <= {m.text_tokens}, {m.text_width}), got {tuple(embeddings.shape)}"
             )
-        return nnf.pad(embeddings, (0, 0, 0, m.text_tokens - embeddings.shape[1]))
+        return nnf.pad(embeddings.to(self.generator.device), (0, 0, 0, m.text_tokens - embeddings.shape[1]))
 
     def detach(self) -> None:
         """Give the model back exactly as it was; its streams can't go on."""
