@@ -106,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="?", help="what to show; with --resume, what to show from there on")
+    parser.add_argument("prompt", nargs="*", help="what to show, of each stream; with --resume, from there on")
+    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="lines '[30s] prompt'; '[30s] | prompt' cuts")
+    parser.add_argument("--image", type=Path, action="append", metavar="FILE", help="first frame, where the model can")
     length = parser.add_mutually_exclusive_group()
     for name, kind in _LENGTHS.items():
         length.add_argument(f"--{name}", type=kind, metavar="N", help="length of the whole video")
@@ -115,7 +117,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     output.add_argument("-o", "--output", metavar="PATH", help="an .mp4, or a folder or shot_%%06d.png for PNG files")
     output.add_argument("--no-video", action="store_true", help="generate and count only")
     parser.add_argument("--overwrite", action="store_true", help="replace a video and its state that are there already")
-    parser.add_argument("--seed", type=int, help="of the noise (default 0)")
+    parser.add_argument("--seed", type=_seeds, metavar="N[,N...]", help="of the noise (default 0), of each stream")
     parser.add_argument("--model", help="a bundled model or a checkpoint's folder (default tiny, or as saved)")
     parser.add_argument("--text", metavar="PATH", help="text encoder's folder, or a file made by 'embed'")
     parser.add_argument("--text-keep", choices=["loaded", "cpu", "freed"], help="the encoder, after a prompt")
@@ -130,10 +132,19 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: what suits the model)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="save the stream here, at the end too")
     parser.add_argument("--autosave", type=float, metavar="SECONDS", help="save this often; 0 after every block")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with a saved stream and its video")
+    parser.add_argument("--resume", type=Path, action="append", metavar="FILE", help="go on with a saved stream")
     parser.add_argument("--raw-hashes", type=Path, metavar="FILE", help='append "block sha256" of each raw block')
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(handler=_generate)
+
+
+def _seeds(text: str) -> list[int]:
+    seeds = []
+    for part in text.split(","):
+        if not part.strip().isdecimal():
+            raise argparse.ArgumentTypeError(f"invalid int value: {part!r}")
+        seeds.append(int(part))
+    return seeds
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:

@@ -95,7 +95,8 @@ class EchoConfig:
     """Everything that fixes a generator's behaviour except its weights.
 
     ``policy`` names what happens to frames that leave the window (:mod:`echo_infinity.policies`): by default they are
-    written to ``memory``, where there is one.
+    written to ``memory``, where there is one. ``image_start`` says that the weights were trained to go on from a given
+    first frame.
     """
 
     model: ModelConfig
@@ -107,6 +108,7 @@ class EchoConfig:
     fps: int = 16
     name: str = "custom"
     policy: str = "evolving"
+    image_start: bool = False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -154,8 +156,9 @@ class EchoConfig:
     def to_json(self) -> str:
         """Return the configuration as JSON, readable by :meth:`from_json`."""
         data = dataclasses.asdict(self)
-        if self.policy == "evolving":
-            del data["policy"]  # so that configurations from before there were policies compare equal
+        for name, usual in (("policy", "evolving"), ("image_start", False)):
+            if data[name] == usual:
+                del data[name]  # so that configurations from before there was a choice compare equal
         return json.dumps(data, indent=2, sort_keys=True)
 
     @classmethod

@@ -6,7 +6,14 @@ import importlib
 from types import ModuleType
 
 # What each extra's library is needed for; pyproject.toml has the versions.
-_EXTRAS = {"transformers": "wan", "diffusers": "wan", "ftfy": "wan", "ray": "ray"}
+_EXTRAS = {
+    "transformers": "wan",
+    "diffusers": "wan",
+    "ftfy": "wan",
+    "ray": "ray",
+    "PIL.Image": "image",
+    "PIL.ImageOps": "image",
+}
 
 
 class MissingExtraError(ImportError):

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from echo_infinity.batch import BatchSampler, StreamBatch
 from echo_infinity.cache import KV
 from echo_infinity.codec import SPACE_STRIDE, TIME_STRIDE
 from echo_infinity.fp8 import MODES, Fp8Linear, narrow_weights
-from echo_infinity.noise import Noise
+from echo_infinity.noise import Noise, counter_noise
 from echo_infinity.parallel.lead import Lead
 from echo_infinity.parallel.split import Split
 from echo_infinity.parts import LatentsOnly, PartOptions
 from echo_infinity.policies import POLICIES, make_generator
+from echo_infinity.prompts import TimedPrompt
 from echo_infinity.ranks import Ranks
 from echo_infinity.sampler import BlockSampler, Generator
 from echo_infinity.settings import Callback, PromptChange, StreamSettings, frame_count
@@ -130,6 +132,8 @@ class EchoPipeline:
         prompt: str,
         *,
         seed: int = 0,
+        schedule: Sequence[TimedPrompt] = (),
+        image: Tensor | None = None,
         noise: Noise | None = None,
         memory: str | None = None,
         memory_dtype: torch.dtype | None = None,
@@ -143,6 +147,9 @@ class EchoPipeline:
         Args:
             prompt: what to show.
             seed: of the noise, 0 .. 2**63 - 1.
+            schedule: prompts that follow, in order of time; see :mod:`echo_infinity.prompts`.
+            image: ``(H, W, 3)`` uint8, the first frame, from which the first block is generated; see
+                :func:`echo_infinity.image.load_image`.
             noise: the caller's own noise instead, see :mod:`echo_infinity.noise`; give it again to :meth:`resume`.
             memory: "on" (what the model was trained with), "off" (window and sink only) or "frozen" (never written
                 after its learned start); default "on" where the model keeps anything.
@@ -153,16 +160,80 @@ class EchoPipeline:
             autosave_every: seconds between saves.
 
         Raises:
-            ValueError: an empty or too long prompt, a seed out of range, an unknown option, or memory asked of a model
-                without one.
+            ValueError: an empty or too long prompt, a seed out of range, an unknown option, memory asked of a model
+                without one, or an image of one that was not trained to start from it.
         """
         memory = memory or ("on" if self._remembers else "off")
         settings = StreamSettings(
             seed, noise, memory, memory_dtype, output_type, callback, autosave, autosave_every
         )  # fmt: skip
-        if output_type == "pixels" and isinstance(self.codec, LatentsOnly):
-            raise ValueError(self.codec.reason)
-        return Stream(self, PromptChange(prompt, 0), settings)
+        self._check_request(settings, schedule)
+        stream = Stream(self, PromptChange(prompt, 0), settings)
+        stream.schedule.extend(schedule)
+        if image is not None:
+            stream.start_from(image)
+        return stream
+
+    def batch(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        schedule: Sequence[TimedPrompt] = (),
+        images: Sequence[Tensor] | None = None,
+        memory: str | None = None,
+        memory_dtype: torch.dtype | None = None,
+        output_type: str = "pixels",
+        callback: Callback | None = None,
+    ) -> StreamBatch:
+        """Start streams that advance in step, one for each prompt and its seed.
+
+        Args:
+            prompts: what each is to show.
+            seeds: of their noise.
+            schedule: prompts that follow in all of them.
+            images: the first frame of each.
+            memory: as in :meth:`stream`, like the rest.
+            memory_dtype: as in :meth:`stream`.
+            output_type: as in :meth:`stream`.
+            callback: as in :meth:`stream`.
+
+        Raises:
+            ValueError: other numbers of prompts, seeds and images, or none; several processes; or as :meth:`stream`.
+        """
+        if not prompts or len(prompts) != len(seeds) or (images is not None and len(images) != len(prompts)):
+            counts = f"{len(prompts)} prompts, {len(seeds)} seeds" + (f", {len(images)} images" if images else "")
+            raise ValueError(f"a batch needs a prompt and a seed for each stream, got {counts}")
+        memory = memory or ("on" if self._remembers else "off")
+        settings = [StreamSettings(s, None, memory, memory_dtype, output_type, callback) for s in seeds]
+        self._check_request(settings[0], schedule)
+        batch = self._batch([PromptChange(prompt, 0) for prompt in prompts], settings)
+        for row, stream in enumerate(batch.streams):
+            stream.schedule.extend(schedule)
+            if images is not None:
+                stream.start_from(images[row])
+        return batch
+
+    def resume_batch(self, saved: Sequence[str | os.PathLike[str] | SavedStream]) -> StreamBatch:
+        """Go on with saved streams in step; they must stand at the same block.
+
+        Raises:
+            ValueError: different blocks or kinds of streams, or as :meth:`resume`.
+            FileNotFoundError: there is no such file.
+
+        Warns:
+            ResumeWarning: as :meth:`resume`.
+        """
+        if not saved:
+            raise ValueError("there is no saved stream to go on with")
+        read = [x if isinstance(x, SavedStream) else read_state(x) for x in saved]
+        settings = [self._saved_settings(x) for x in read]
+        if any(replace(s, seed=0) != replace(settings[0], seed=0) for s in settings):
+            raise ValueError("the streams differ in memory or output: resume them one at a time")
+        batch = self._batch([PromptChange(**x.meta["prompts"][-1]) for x in read], settings)
+        for stream, x in zip(batch.streams, read, strict=True):
+            stream.restore(x)
+        return batch
 
     def resume(
         self,
@@ -193,6 +264,35 @@ class EchoPipeline:
             ResumeWarning: device, torch, dtype or threads differ, so the last bits may too.
         """
         saved = saved if isinstance(saved, SavedStream) else read_state(saved)
+        settings = self._saved_settings(saved, noise, output_type, callback, autosave, autosave_every)
+        stream = Stream(self, PromptChange(**saved.meta["prompts"][-1]), settings)
+        stream.restore(saved)
+        return stream
+
+    def _batch(self, prompts: Sequence[PromptChange], settings: Sequence[StreamSettings]) -> StreamBatch:
+        if self.lead is not None:
+            raise ValueError("a batch runs on one process: start it without torchrun, or each stream by itself")
+        generator = self.generator(settings[0].memory)
+        texts = [self.encode_prompt(change.prompt) for change in prompts]
+        sampler = BatchSampler(generator, texts, [counter_noise(s.seed) for s in settings], settings[0].memory_dtype)
+        rows = zip(prompts, settings, sampler.rows(), strict=True)
+        return StreamBatch(sampler, [Stream(self, change, s, row) for change, s, row in rows])
+
+    def _check_request(self, settings: StreamSettings, schedule: Sequence[TimedPrompt]) -> None:
+        if settings.output_type == "pixels" and isinstance(self.codec, LatentsOnly):
+            raise ValueError(self.codec.reason)
+        self.check_prompts(schedule)
+
+    def _saved_settings(
+        self,
+        saved: SavedStream,
+        noise: Noise | None = None,
+        output_type: str | None = None,
+        callback: Callback | None = None,
+        autosave: str | os.PathLike[str] | None = None,
+        autosave_every: float = 60.0,
+    ) -> StreamSettings:
+        """Check that a saved stream can go on here; return its settings."""
         check_model(saved, self.config.to_json(), self.fingerprint)
         meta = saved.meta
         if (meta["noise"] == "injected") != (noise is not None):
@@ -206,12 +306,9 @@ class EchoPipeline:
         warn_differences(saved, self.environment())
         dtype = None if meta["memory_dtype"] is None else getattr(torch, meta["memory_dtype"])
         output_type = output_type or meta["output_type"]
-        settings = StreamSettings(
+        return StreamSettings(
             meta["seed"], noise, meta["memory"], dtype, output_type, callback, autosave, autosave_every
         )  # fmt: skip
-        stream = Stream(self, PromptChange(**meta["prompts"][-1]), settings)
-        stream.restore(saved)
-        return stream
 
     def generate(
         self, prompt: str, *, seconds: float | None = None, frames: int | None = None, **options: Any
@@ -250,6 +347,15 @@ class EchoPipeline:
             ValueError: empty, too long, or without a known word.
         """
         return self.model.encode_text(self._text.encode([prompt]))
+
+    def check_prompts(self, schedule: Sequence[TimedPrompt]) -> None:
+        """Refuse now what would fail when its time has come.
+
+        Raises:
+            ValueError: a prompt is empty, too long, or without a known word.
+        """
+        for later in schedule:
+            self._text.encode([later.prompt])
 
     def sampler(
         self, memory: str, text: list[KV], noise: Noise, memory_dtype: torch.dtype | None = None

@@ -9,12 +9,14 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from echo_infinity.batch import StreamBatch
 from echo_infinity.finite import NonFiniteError
 from echo_infinity.parallel import ProcessesError
 from echo_infinity.state import SavedVideo
@@ -60,9 +62,12 @@ class Recorder:
         height, width = stream.pipe.size
         self.rest = torch.zeros(0, height, width, 3, dtype=torch.uint8) if stream.video is None else stream.video.rest
         self.saved: Path | None = None  # where the last good state of this run is
+        self.resumed: Path | None = stream.resumed  # and that of the run before
         self._error: OSError | VideoWriteError | None = None
         waiting = stream.waiting
         self._waiting = deque(zip(waiting, range(stream.block - len(waiting), stream.block), strict=True))
+        self._offset = 0  # of the video's frames against the stream's
+        self._saved_at = 0.0
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """Generate until the target is reached or ``stop()``, asked at every block boundary, says so.
@@ -76,41 +81,59 @@ class Recorder:
             OSError: the same, from the file of hashes.
             OutOfMemoryError: torch's; the stream can still be saved, with the blocks that could not be decoded.
         """
-        try:
-            return self._run(stop)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            with contextlib.suppress(torch.OutOfMemoryError):
-                self._take_all()  # alone now
-            raise
+        return _drive([self], lambda: [self.stream.next_latents()], stop)
 
-    def _run(self, stop: Callable[[], bool]) -> bool:
+    def begin(self) -> None:
+        """Write what a saved stream left unwritten or undecoded; save for the first time."""
         self._flush()
-        self._take_all()
-        made, saved_at = self.written + len(self.rest), time.monotonic()
+        self.take_all()
+        self._offset, self._saved_at = self.written + len(self.rest) - self.stream.frames, time.monotonic()
         if self.autosave is not None:
             self._save_on_time()
-        with ThreadPoolExecutor(1) as worker:
-            job = None
-            while self._error is None and not (done := self.target is not None and made >= self.target) and not stop():
-                before = self.stream.frames
-                latents = self.stream.next_latents()
-                made += self.stream.frames - before
-                self._waiting.append((latents, self.stream.block - 1))
-                if job is not None:
-                    job.result()
-                    self.on_block(self.written)
-                job = worker.submit(self._take_next)
-                if self.autosave is not None and time.monotonic() - saved_at >= self.autosave:
-                    job.result()
-                    self._save_on_time()
-                    saved_at = time.monotonic()
-            if job is not None:
-                job.result()
-                self.on_block(self.written)
-        if self._error is not None:
-            raise self._error
-        return done
+
+    @property
+    def full(self) -> bool:
+        """Whether enough is generated."""
+        return self.target is not None and self._offset + self.stream.frames >= self.target
+
+    @property
+    def failure(self) -> OSError | VideoWriteError | None:
+        """Why nothing can be written any more."""
+        return self._error
+
+    def put(self, latents: Tensor) -> None:
+        """Take the block that the stream has just made."""
+        self._waiting.append((latents, self.stream.block - 1))
+
+    def take_next(self) -> None:
+        """Decode and write the block that waits longest; errors of writing are kept as :attr:`failure`."""
+        latents, block = self._waiting[0]
+        frames = self.stream.decode(latents)
+        self._waiting.popleft()
+        self.rest = torch.cat([self.rest, frames]) if len(self.rest) else frames
+        if self.hashes is not None:
+            line = f"{block} {hashlib.sha256(frames.numpy().data).hexdigest()}\n"
+            try:
+                append_line(self.hashes, line)
+            except OSError as error:
+                self._error = self._error or error
+        self._flush()
+
+    def take_all(self) -> None:
+        """Decode and write all that waits."""
+        while self._waiting:
+            self.take_next()
+
+    def save_if_due(self) -> None:
+        """Save where the time has come; to be called when nothing waits."""
+        if self.due:
+            self._save_on_time()
+            self._saved_at = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return self.autosave is not None and time.monotonic() - self._saved_at >= self.autosave
 
     def save(self, path: Path | None = None) -> Path:
         """Save the stream and where its video stands, to ``path`` or the recorder's own file; return the path.
@@ -136,23 +159,6 @@ class Recorder:
             kept = f"the state saved before is still at {self.saved}" if self.saved else "no state is saved yet"
             self.on_trouble(f"could not save the stream: {error}; {kept}; going on")
 
-    def _take_all(self) -> None:
-        while self._waiting:
-            self._take_next()
-
-    def _take_next(self) -> None:
-        latents, block = self._waiting[0]
-        frames = self.stream.decode(latents)
-        self._waiting.popleft()
-        self.rest = torch.cat([self.rest, frames]) if len(self.rest) else frames
-        if self.hashes is not None:
-            line = f"{block} {hashlib.sha256(frames.numpy().data).hexdigest()}\n"
-            try:
-                append_line(self.hashes, line)
-            except OSError as error:
-                self._error = self._error or error
-        self._flush()
-
     def _flush(self) -> None:
         """Write what is decoded, up to the target; an error is kept for the thread that runs the stream."""
         count = len(self.rest) if self.target is None else min(len(self.rest), self.target - self.written)
@@ -165,6 +171,61 @@ class Recorder:
             return
         self.written += count
         self.rest = self.rest[count:]
+
+
+def record_batch(batch: StreamBatch, recorders: Sequence[Recorder], stop: Callable[[], bool] = lambda: False) -> bool:
+    """Run streams in step, each into its video, until all targets are reached; as :meth:`Recorder.run`.
+
+    Args:
+        batch: the streams.
+        recorders: one a stream.
+        stop: asked at every block boundary.
+
+    Returns:
+        Whether the targets were reached.
+    """
+    return _drive(recorders, batch.next_latents, stop)
+
+
+def _drive(recorders: Sequence[Recorder], generate: Callable[[], list[Tensor]], stop: Callable[[], bool]) -> bool:
+    try:
+        return _overlap(recorders, generate, stop)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        for recorder in recorders:  # alone now: there may be room to decode what is generated before it is saved
+            with contextlib.suppress(torch.OutOfMemoryError):
+                recorder.take_all()
+        raise
+
+
+def _overlap(recorders: Sequence[Recorder], generate: Callable[[], list[Tensor]], stop: Callable[[], bool]) -> bool:
+    """Generate a block of each while the one before is decoded and written."""
+    for recorder in recorders:
+        recorder.begin()
+    jobs: list[Future[None]] = []
+
+    def wait() -> None:
+        for job, recorder in zip(jobs, recorders, strict=bool(jobs)):
+            job.result()
+            recorder.on_block(recorder.written)
+
+    with ThreadPoolExecutor(1) as worker:
+        done = False
+        while not any(r.failure for r in recorders) and not (done := all(r.full for r in recorders)) and not stop():
+            made = generate()
+            for recorder, latents in zip(recorders, made, strict=True):
+                recorder.put(latents)
+            wait()
+            jobs = [worker.submit(recorder.take_next) for recorder in recorders]
+            if any(recorder.due for recorder in recorders):
+                for job in jobs:
+                    job.result()
+                for recorder in recorders:
+                    recorder.save_if_due()
+        wait()
+    if failures := [recorder.failure for recorder in recorders if recorder.failure is not None]:
+        raise failures[0]
+    return done
 
 
 def save_somewhere(recorder: Recorder, places: list[Path]) -> tuple[Path | None, list[str]]:

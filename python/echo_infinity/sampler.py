@@ -16,7 +16,7 @@ from echo_infinity.graphs import BlockGraphs
 from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.model import CausalDiT, Conditioning
 from echo_infinity.noise import Noise
-from echo_infinity.recall import RecallFactory, StreamMemory, keep_own
+from echo_infinity.recall import Recall, RecallFactory, StreamMemory, keep_own
 from echo_infinity.schedule import FlowSchedule
 from echo_infinity.undo import BlockUndo
 
@@ -60,16 +60,24 @@ class Generator:
         self.schedule = FlowSchedule(s.shift)
         self.timesteps = self.schedule.warp(s.steps) if s.warp else [float(t) for t in s.steps]
         self.geometry = Geometry(config, self.device)
-        self._levels: dict[float, Conditioning] = {}
+        self._levels: dict[tuple[float, int], Conditioning] = {}
         self._made_with = self._weights_version()
 
-    def level(self, t: float) -> Conditioning:
-        """Return the conditioning of timestep ``t``, computed once, and anew after the weights have changed."""
+    def level(self, t: float, frames: int = 0) -> Conditioning:
+        """Return the conditioning of timestep ``t``, computed once, and anew after the weights have changed.
+
+        Args:
+            t: 0 .. 1000.
+            frames: of a block whose first frame is given and clean; 0 where all frames are at ``t``.
+        """
         if (version := self._weights_version()) != self._made_with:
             self._levels, self._made_with = {}, version
-        if t not in self._levels:
-            self._levels[t] = self.model.condition(torch.full((1, 1), t, device=self.device))
-        return self._levels[t]
+        if (key := (t, frames)) not in self._levels:
+            timesteps = torch.full((1, frames or 1), t, device=self.device)
+            if frames:
+                timesteps[:, 0] = 0
+            self._levels[key] = self.model.condition(timesteps)
+        return self._levels[key]
 
     def _weights_version(self) -> int:
         """Counts in-place updates, as an optimiser or ``load_state_dict`` makes them to every weight."""
@@ -108,9 +116,11 @@ class BlockSampler:
     ) -> None:
         config = generator.config
         self.generator, self.text, self.noise, self.batch = generator, text, noise, batch
-        self.frame = 0
+        self.frame, self.first_block = 0, 0  # the shot's next frame, and the number of its first block
+        self.image: Tensor | None = None
         self.cache = self._make_cache()
-        self.memory = generator.recall(generator.memory, config, batch, memory_dtype)
+        self._memory_dtype = memory_dtype
+        self.memory = self._make_memory()
         m, w = config.model, config.window
         self._shape = (batch, w.frames_per_block, m.latent_channels, config.latent_rows, config.latent_columns)
         # The last frames' latents, for re-caching under another prompt: frame f in slot f % window_frames.
@@ -122,7 +132,7 @@ class BlockSampler:
     @property
     def block(self) -> int:
         """Number of the next block."""
-        return self.frame // self._shape[1]
+        return self.first_block + self.frame // self._shape[1]
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield latent blocks ``(B, F, C, h, w)`` float32 for ever."""
@@ -162,6 +172,29 @@ class BlockSampler:
         self._remember(x)
         return x
 
+    def start_from(self, image: Tensor) -> None:
+        """Give the first frame of the coming shot, whose first block is generated from it.
+
+        Args:
+            image: ``(B, 1, C, h, w)`` clean latents of a first frame.
+
+        Raises:
+            ValueError: the weights were not trained for it, the shot has begun, or latents of another shape.
+        """
+        if not self.generator.config.image_start:
+            raise ValueError(
+                f"the model {self.generator.config.name} was not trained to go on from an image (image_start in its "
+                "config.json): start from text alone, or train it with 'train flow --image-share 0.2'"
+            )
+        if self.frame:
+            raise ValueError(f"the shot has begun, it is at frame {self.frame}: an image can only start it")
+        batch, frames, *rest = self._shape
+        if frames < 2:
+            raise ValueError("a block of one frame leaves nothing to generate from an image")
+        if image.shape != (batch, 1, *rest):
+            raise ValueError(f"an image of this stream is {(batch, 1, *rest)}, got {tuple(image.shape)}")
+        self.image = image.to(self.generator.device, torch.float32)
+
     def run_calls(self, call: Call, draw: Callable[[int], Tensor]) -> Tensor:
         """Run a block's calls: denoising, the memory's write beside the first of them, the context pass.
 
@@ -173,7 +206,7 @@ class BlockSampler:
             ``(B, F, C, h, w)`` clean latents.
         """
         g = self.generator
-        x = draw(0)
+        x = self._with_image(draw(0))
         if self.memory is not None:
             self.memory.prepare(self.cache, call)
         for i, t in enumerate(g.timesteps):
@@ -181,7 +214,7 @@ class BlockSampler:
             assert flow is not None
             if i == 0 and self.memory is not None:
                 self.memory.publish()
-            x = self._step(x, flow, i, draw)
+            x = self._with_image(self._step(x, flow, i, draw))
         self._flow(x, 0.0, call, output=False)
         return x
 
@@ -247,25 +280,43 @@ class BlockSampler:
             self.memory.rewrite(self.cache.local(self.frame), self.cache)
         return flow
 
+    @torch.inference_mode()
+    def cut(self, text: list[KV]) -> None:
+        """Begin a new shot at the coming block: nothing of the frames before is seen or remembered.
+
+        Args:
+            text: per layer K/V of the new prompt.
+        """
+        self.text, self.first_block, self.frame, self.image = text, self.block, 0, None
+        self.memory = self._make_memory()
+        if self.graphs is not None:
+            self.graphs = BlockGraphs(self)
+
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that a later block depends on, by name; with ``frame`` and the text they are the stream."""
-        named = self._buffers()
+        """Every tensor that a later block depends on, by name; with ``frame``, ``first_block`` and the text they are
+        the stream."""
+        named = self._buffers() | ({} if self.image is None else {"image": self.image})
         return named if self.memory is None else named | {f"memory.{k}": x for k, x in self.memory.tensors().items()}
 
     @torch.inference_mode()
-    def load_tensors(self, named: Mapping[str, Tensor], frame: int) -> None:
-        """Go on from copies of what :meth:`tensors` returned, at latent frame ``frame``.
+    def load_tensors(self, named: Mapping[str, Tensor], frame: int, first_block: int = 0) -> None:
+        """Go on from copies of what :meth:`tensors` returned, at latent frame ``frame`` of the shot that began with
+        block ``first_block``.
 
         Raises:
             ValueError: tensors are missing, unexpected, or of another shape; nothing of the cache has changed.
         """
+        named = dict(named)
+        image = named.pop("image", None)
         own = self._buffers()
         given = self._checked(named, {name: x.shape for name, x in own.items()})
         if self.memory is not None:
             self.memory.load_tensors(memory_part(named, self.generator.device))
         for name, x in own.items():
             x.copy_(given[name])
-        self.frame = frame
+        self.frame, self.first_block = frame, first_block
+        if image is not None:
+            self.start_from(image)
 
     def _buffers(self) -> dict[str, Tensor]:
         """Cache and window by name: what is written in place."""
@@ -284,6 +335,10 @@ class BlockSampler:
                 raise ValueError(f"saved {name} is {tuple(given[name].shape)}, this stream's {tuple(shape)}")
         return given
 
+    def _make_memory(self) -> Recall | None:
+        g = self.generator
+        return g.recall(g.memory, g.config, self.batch, self._memory_dtype)
+
     def _make_cache(self) -> RingKV:
         g = self.generator
         return (Fp8RingKV if g.kv == "fp8" else RingKV)(g.config, self.batch, g.dtype, g.device)
@@ -292,6 +347,7 @@ class BlockSampler:
         for i in range(latents.shape[1]):
             self.window[:, (self.frame + i) % self.window.shape[1]] = latents[:, i]
         self.frame += latents.shape[1]
+        self.image = None
 
     def _recent(self, frames: int) -> Tensor:
         """Clean latents of the last ``frames`` frames, oldest first."""
@@ -306,13 +362,18 @@ class BlockSampler:
     def _flow(self, x: Tensor, t: float, call: Call, *, output: bool = True) -> Tensor | None:
         g = self.generator
         memory = None if self.memory is None else self.memory.read(call)
-        flow = self._predict(x, g.level(t), call, memory, output=output)
+        level = g.level(t, g.config.window.frames_per_block if self.image is not None else 0)
+        flow = self._predict(x, level, call, memory, output=output)
         return None if flow is None else flow.to(x.dtype)
 
     def _predict(
         self, x: Tensor, level: Conditioning, call: Call, memory: list[KV] | None, *, output: bool
     ) -> Tensor | None:
         return self.generator.model(x, level, self.text, self.cache, call, memory, output=output)
+
+    def _with_image(self, x: Tensor) -> Tensor:
+        """``x`` with the given first frame in it, if there is one."""
+        return x if self.image is None else torch.cat([self.image, x[:, 1:]], dim=1)
 
     def _step(self, x: Tensor, flow: Tensor, i: int, draw: Callable[[int], Tensor]) -> Tensor:
         g = self.generator

@@ -23,12 +23,13 @@ Callback = Callable[["Stream", int, Tensor], Any]
 
 @dataclass(frozen=True)
 class PromptChange:
-    """A prompt and the block at which it took effect."""
+    """A prompt and the block at which it took effect; ``cut`` where a new shot began with it."""
 
     prompt: str
     block: int
     global_sink: bool = True
     memory_recache: bool = False
+    cut: bool = False
 
 
 @dataclass(frozen=True)

@@ -95,20 +95,75 @@ def test_a_block_that_could_not_be_decoded_is_saved_and_comes_first(tmp_path, mo
     assert_same_bits(first + list(itertools.islice(resumed, 3)), expected)
 
 
+def fails_at(plain, *calls):
+    """``plain``, out of memory in these calls."""
+    count = itertools.count()
+
+    def sometimes(*args):
+        if next(count) in calls:
+            raise_out_of_memory()
+        return plain(*args)
+
+    return sometimes
+
+
+@pytest.mark.parametrize("fails", [[6], [7], [8], [6, 7], [7, 8], range(6, 12)])
+def test_a_batch_whose_rows_could_not_be_decoded_loses_no_block(tmp_path, monkeypatch, fails):
+    pipe, prompts = small_pipe(), [CIRCLE, SQUARE, CIRCLE]
+    expected = list(itertools.islice(pipe.batch(prompts, [1, 2, 3]), 5))
+    batch = pipe.batch(prompts, [1, 2, 3])
+    monkeypatch.setattr(pipe.codec, "decode", fails_at(pipe.codec.decode, *fails))
+    made = list(itertools.islice(batch, 2))
+    for _ in fails:
+        with pytest.raises(torch.OutOfMemoryError):
+            next(batch)
+        assert batch.streams[0].block == 3
+    assert_same_bits(made + list(itertools.islice(batch, 3)), expected)
+
+
+def test_a_block_that_could_not_be_decoded_after_a_cut_begins_its_shot_when_resumed(tmp_path, monkeypatch):
+    pipe, path = small_pipe(), tmp_path / "s.safetensors"
+    streams = [pipe.stream(CIRCLE) for _ in range(2)]
+    for stream in streams:
+        list(itertools.islice(stream, 6))
+        stream.switch(SQUARE, cut=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.codec, "decode", raise_out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            next(streams[0])
+        streams[0].next_latents()
+    streams[0].save(path)
+    expected = list(itertools.islice(streams[1], 3))
+    assert len(expected[0]) == 9
+    assert_same_bits(list(itertools.islice(pipe.resume(path), 3)), expected)
+    assert_same_bits(list(itertools.islice(streams[0].fork(), 3)), expected)
+
+
+@pytest.mark.parametrize("fails", [[6], [7], [6, 7, 8, 9], [7, 8, 9, 10]])
+def test_the_command_saves_a_batch_whose_rows_could_not_be_decoded(echo, folder, monkeypatch, fails):
+    words = [CIRCLE, "--seed", "1,2", "--frames", 69]
+    assert echo(*words, "--no-video", "--raw-hashes", "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "decode", fails_at(Stream.decode, *fails))
+        code, _, err = echo(*words, "-o", "out.mp4", "--raw-hashes", "halves")
+    assert code == 1
+    assert "ask for fewer streams at once" in err
+    states = sorted(folder.glob("*.state.safetensors"))
+    assert len(states) == 2
+    resume = [word for state in states for word in ("--resume", state)]
+    assert echo(*resume, "--raw-hashes", "halves")[0] == 0
+    names = [path.name for path in folder.glob("whole*")]
+    assert len(names) == 2
+    for name in names:
+        assert hashes_of(folder / name.replace("whole", "halves")) == hashes_of(folder / name)
+
+
 @pytest.mark.parametrize(("place", "times"), [("generating", 1), ("decoding", 1), ("decoding", 2), ("decoding", 99)])
 def test_the_command_saves_the_stream_and_says_what_to_lower(echo, folder, monkeypatch, place, times):
     plain = Stream.next_latents if place == "generating" else Stream.decode
-    calls = [0]
-
-    def sometimes(self, *args):
-        calls[0] += 1
-        if 4 <= calls[0] < 4 + times:
-            raise_out_of_memory()
-        return plain(self, *args)
-
     assert echo(CIRCLE, "--frames", 69, "--no-video", "--raw-hashes", "whole")[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(Stream, plain.__name__, sometimes)
+        patch.setattr(Stream, plain.__name__, fails_at(plain, *range(3, 3 + times)))
         code, _, err = echo(CIRCLE, "--frames", 69, "-o", "out.mp4", "--raw-hashes", "halves")
     assert code == 1
     assert "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.\n" in err

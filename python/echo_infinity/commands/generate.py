@@ -1,4 +1,4 @@
-"""``echo-infinity generate``: check the request, run the stream into its video, and lose nothing on the way out."""
+"""``echo-infinity generate``: run streams into their videos, and lose nothing on the way out."""
 
 from __future__ import annotations
 
@@ -10,48 +10,29 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from echo_ext import __version__
 from echo_infinity.commands import UserError
-from echo_infinity.commands.places import hold_places, state_path
+from echo_infinity.commands.request import Request, check_options, load, prepare
 from echo_infinity.finite import NonFiniteError
-from echo_infinity.parallel import ProcessesError, Ranks, join_ranks, lead, leave_ranks
+from echo_infinity.parallel import ProcessesError, join_ranks, lead, leave_ranks
 from echo_infinity.pipeline import EchoPipeline
-from echo_infinity.record import Recorder, append_line, resident_bytes, save_somewhere
-from echo_infinity.settings import frame_count
-from echo_infinity.state import SavedStream, SavedVideo, read_state
-from echo_infinity.stream import Stream
-from echo_infinity.video import NullWriter, VideoPosition, VideoWriteError, VideoWriter, open_writer
+from echo_infinity.record import Recorder, record_batch, resident_bytes, save_somewhere
+from echo_infinity.state import SavedStream, read_state
+from echo_infinity.video import VideoWriteError
 
-# Blocks of fewer values than this (tokens x width) are done sooner by one thread than shared out.
-_SMALL_BLOCK = 2**17
-_PARTS = ("text", "text_device", "text_keep", "decoder", "decoder_dtype", "weights", "kv")
-# What may differ when a stream goes on; another decoder or size needs a new stream.
 _LOWER = (
     "to take less, add --text-device cpu, --decoder-dtype bfloat16, --kv fp8 or --weights fp8; "
     "'echo-infinity plan --gpu 24GB' says what fits"
 )
 _REFUSALS = (ValueError, OSError, ImportError, VideoWriteError)
 _EVERY = 0.2  # seconds between refreshes of the progress bar
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A checked request, with everything open."""
-
-    stream: Stream
-    writer: VideoWriter
-    output: str | None
-    target: int | None
-    state: Path
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,15 +45,13 @@ def run(args: argparse.Namespace) -> int:
     """
     ranks = join_ranks()
     try:
-        saved = None if args.resume is None else read_state(args.resume)
-        _check_options(args, saved)
-        pipe = _load(args, saved, ranks)
-        kept = [saved]
-        del saved  # the stream has copies of its own: a long run must not hold the file's as well
+        saved = [read_state(path) for path in args.resume or []]
+        check_options(args, saved)
+        pipe = load(args, saved, ranks)
         if ranks.rank:
-            kept.clear()
+            saved.clear()
             _leave_signals_to_the_first()
-        return lead(pipe, lambda: _generate(args, _prepare(args, pipe, kept.pop()))) or 0
+        return lead(pipe, lambda: _generate(args, _open(args, pipe, saved))) or 0
     except (*_REFUSALS, torch.OutOfMemoryError) as error:
         reason = f"{_no_room(error)}; {_LOWER}" if isinstance(error, torch.OutOfMemoryError) else str(error)
         if ranks.rank:
@@ -83,195 +62,112 @@ def run(args: argparse.Namespace) -> int:
         leave_ranks()
 
 
-def _generate(args: argparse.Namespace, job: _Job) -> int:
-    begun, first = time.monotonic(), job.writer.position().frames
-    fps = job.stream.pipe.fps
-    with job.writer, job.stream, _progress(args.quiet, job.target, first, fps) as show, _Stop() as stop:
-        recorder = Recorder(
-            job.stream,
-            job.writer,
-            path=job.output,
-            target=job.target,
-            save=job.state,
-            autosave=args.autosave,
-            hashes=args.raw_hashes,
-            on_block=show,
-            on_trouble=_say,
-        )
+def _open(args: argparse.Namespace, pipe: EchoPipeline, saved: list[SavedStream]) -> Request:
+    request = prepare(args, pipe, saved)
+    saved.clear()  # the streams have copies of their own: a long run must not hold the files' as well
+    return request
+
+
+def _generate(args: argparse.Namespace, request: Request) -> int:
+    jobs, begun = request.jobs, time.monotonic()
+    first, fps = jobs[0].writer.position().frames, jobs[0].stream.pipe.fps
+    with ExitStack() as stack:
+        for job in jobs:
+            stack.enter_context(job.writer)
+            stack.enter_context(job.stream)
+        show = stack.enter_context(_progress(args.quiet, jobs[0].target, first, fps))
+        stop = stack.enter_context(_Stop())
+        recorders = [
+            Recorder(
+                job.stream,
+                job.writer,
+                path=job.output,
+                target=job.target,
+                save=job.state,
+                autosave=args.autosave,
+                hashes=job.hashes,
+                on_block=show if job is jobs[-1] else lambda frames: None,
+                on_trouble=_say,
+            )
+            for job in jobs
+        ]
         try:
-            done = recorder.run(stop)
+            batch = request.batch
+            done = recorders[0].run(stop) if batch is None else record_batch(batch, recorders, stop)
         except (NonFiniteError, ProcessesError, VideoWriteError, ValueError, OSError) as error:
-            return _failed(args, recorder, error)
+            return _failed(args, recorders, error)
         except torch.OutOfMemoryError as error:
-            code = _failed(args, recorder, RuntimeError(_no_room(error)))
-            _say(_LOWER)
+            code = _failed(args, recorders, RuntimeError(_no_room(error)))
+            _say(_LOWER if batch is None else f"{_LOWER}; or ask for fewer streams at once")
             return code
         if not done:
-            return _interrupted(args, recorder)
-        if args.save is not None or args.autosave is not None or args.resume is not None:
-            kept, reasons = save_somewhere(recorder, [job.state])
-            if kept is None:
-                _say(f"the video is complete, but the stream could not be saved: {reasons[-1]}")
-                return 1
+            return _interrupted(args, recorders)
+        if args.save is not None or args.autosave is not None or args.resume:
+            for recorder in recorders:
+                kept, reasons = save_somewhere(recorder, [recorder.state] if recorder.state else [])
+                if kept is None:
+                    _say(f"the video is complete, but the stream could not be saved: {reasons[-1]}")
+                    return 1
     seconds = time.monotonic() - begun
-    speed = (recorder.written - first) / fps / seconds
-    tqdm.write(
-        f"{job.output or 'no video'}: {recorder.written} frames, {recorder.written / fps:.2f} s; "
-        f"generated in {seconds:.1f} s, {speed:.1f} x real time"
-    )
+    for recorder in recorders:
+        speed = (recorder.written - first) / fps / seconds
+        tqdm.write(
+            f"{recorder.path or 'no video'}: {recorder.written} frames, {recorder.written / fps:.2f} s; "
+            f"generated in {seconds:.1f} s, {speed:.1f} x real time"
+        )
     return 0
-
-
-def _prepare(args: argparse.Namespace, pipe: EchoPipeline, saved: SavedStream | None) -> _Job:
-    """Check everything that can be checked before the first block, the cheap things first."""
-    stream = _open_stream(args, pipe, saved)
-    position, output = _find_video(args, saved)
-    target = _target(args, saved, position, pipe.fps)
-    state = Path(args.save or args.resume or state_path(args.output or output))
-    hold_places(state, keep=args.resume, overwrite=args.overwrite)
-    if args.raw_hashes is not None:
-        append_line(args.raw_hashes, "")
-    if output is None:
-        return _Job(stream, NullWriter(resume=position), None, target, state)
-    height, width = pipe.size
-    writer = open_writer(
-        output,
-        width=width,
-        height=height,
-        fps=pipe.fps,
-        metadata={"prompt": stream.prompt, "seed": stream.settings.seed, "version": f"echo-infinity {__version__}"},
-        resume=position,
-        overwrite=args.overwrite,
-    )
-    return _Job(stream, writer, output, target, state)
-
-
-def _check_options(args: argparse.Namespace, saved: SavedStream | None) -> None:
-    if saved is None and args.prompt is None:
-        raise ValueError('what should it show? Give a prompt, such as "a red circle drifts over a dark field"')
-    if saved is None and args.output is None and not args.no_video:
-        raise ValueError("where should the video go? Give -o out.mp4, -o FOLDER for PNG files, or --no-video")
-    if saved is not None:
-        for name in ("seed", "memory"):
-            if getattr(args, name) not in (None, saved.meta[name]):
-                raise ValueError(f"--{name} of a resumed stream can't change: it is {saved.meta[name]}; leave it out")
-        if saved.meta["output_type"] != "pixels" or saved.meta["noise"] != "counter":
-            raise ValueError(f"{saved.path} ran with latents or the caller's own noise: resume it from Python")
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {args.threads}")
-    if args.autosave is not None and not args.autosave >= 0:
-        raise ValueError(f"--autosave is seconds >= 0, got {args.autosave}")
-
-
-def _load(args: argparse.Namespace, saved: SavedStream | None, ranks: Ranks) -> EchoPipeline:
-    then = {} if saved is None else saved.meta["environment"]
-    cuda = ranks.device.type == "cuda" and then.get("device", "cuda").startswith("cuda")
-    device = args.device or ("cuda" if cuda else "cpu")
-    if ranks.mesh is not None and device == "cuda":
-        device = str(ranks.device)  # each process its own
-    model = args.model or (saved.meta["source"] if saved is not None else None) or "tiny"
-    dtype = getattr(torch, args.dtype or then.get("dtype", "float32").partition(",")[0])
-    parts: dict[str, Any] = {} if saved is None else dict(saved.meta.get("parts", {}))
-    parts |= {name: getattr(args, name) for name in _PARTS if getattr(args, name) is not None}
-    if "decoder_dtype" in parts:
-        parts["decoder_dtype"] = getattr(torch, parts["decoder_dtype"])
-    pipe = EchoPipeline.from_pretrained(model, dtype=dtype, device=device, ranks=ranks, **parts)
-    c = pipe.config
-    small = c.window.frames_per_block * c.tokens_per_frame * c.model.width < _SMALL_BLOCK
-    torch.set_num_threads(args.threads or then.get("threads") or (1 if small else torch.get_num_threads()))
-    return pipe
-
-
-def _open_stream(args: argparse.Namespace, pipe: EchoPipeline, saved: SavedStream | None) -> Stream:
-    if saved is None:
-        return pipe.stream(args.prompt, seed=0 if args.seed is None else args.seed, memory=args.memory)
-    stream = pipe.resume(saved)
-    if args.prompt is not None and args.prompt != stream.prompt:
-        stream.switch(args.prompt)
-    return stream
-
-
-def _find_video(args: argparse.Namespace, saved: SavedStream | None) -> tuple[VideoPosition | None, str | None]:
-    """Where the video goes, and the position at which it goes on, if it does."""
-    video: SavedVideo | None = None if saved is None else saved.video
-    if args.no_video:
-        return (None if video is None else VideoPosition(frames=video.position.frames)), None
-    if args.output is None:
-        return (None, None) if video is None else (video.position, video.path)
-    output = os.path.abspath(args.output)
-    if video is None or video.path is None or (output != video.path and not os.path.exists(output)):
-        return None, output
-    return video.position, output
-
-
-def _target(
-    args: argparse.Namespace, saved: SavedStream | None, position: VideoPosition | None, fps: int
-) -> int | None:
-    """Frames that the whole video is to have; None for endless."""
-    if args.endless:
-        return None
-    units = {"seconds": 1, "minutes": 60, "hours": 3600}
-    given = [getattr(args, name) * unit for name, unit in units.items() if getattr(args, name) is not None]
-    target: int | None
-    if given:
-        target = frame_count(given[0], fps)
-    elif args.frames is not None:
-        target = args.frames
-    elif saved is not None and saved.video is not None and position is not None:
-        target = saved.video.target
-    else:
-        raise ValueError("how long? Give --seconds, --minutes, --hours, --frames or --endless")
-    have = 0 if position is None else position.frames
-    if target is not None and target <= have:
-        if have:
-            raise ValueError(f"the video has {have} frames ({have / fps:.2f} s) already: ask for more, or --endless")
-        raise ValueError(f"the length must be at least one frame, got {target}")
-    return target
 
 
 def _no_room(error: torch.OutOfMemoryError) -> str:
     return f"out of memory: {str(error).splitlines()[0]}"
 
 
-def _interrupted(args: argparse.Namespace, recorder: Recorder) -> int:
-    _say(f"stopped after {recorder.written} frames")
-    _save_and_tell(args, recorder)
+def _interrupted(args: argparse.Namespace, recorders: Sequence[Recorder]) -> int:
+    _say(f"stopped after {recorders[0].written} frames")
+    _save_and_tell(args, recorders)
     return 130
 
 
-def _failed(args: argparse.Namespace, recorder: Recorder, error: Exception) -> int:
+def _failed(args: argparse.Namespace, recorders: Sequence[Recorder], error: Exception) -> int:
     _say(f"error: {error}")
-    if recorder.path is not None:
-        _say(f"the video so far is playable: {recorder.path}, {recorder.written} frames")
+    for recorder in recorders:
+        if recorder.path is not None:
+            _say(f"the video so far is playable: {recorder.path}, {recorder.written} frames")
     if isinstance(error, NonFiniteError | ProcessesError):
-        _tell_last_good(args, recorder)
+        _tell_last_good(args, recorders)
     else:
-        _save_and_tell(args, recorder)
+        _save_and_tell(args, recorders)
     return 1
 
 
-def _save_and_tell(args: argparse.Namespace, recorder: Recorder) -> None:
+def _save_and_tell(args: argparse.Namespace, recorders: Sequence[Recorder]) -> None:
+    states = [_save(recorder) for recorder in recorders]
+    kept = [state for state in states if state is not None]
+    if kept:
+        _say(f"the stream{'s are' if len(kept) > 1 else ' is'} saved; go on with:\n  {_resume_command(args, kept)}")
+    if lost := [recorder for recorder, state in zip(recorders, states, strict=True) if state is None]:
+        _tell_last_good(args, lost)
+
+
+def _save(recorder: Recorder) -> Path | None:
     name = Path(recorder.state or "echo.state.safetensors").name
     spare = [Path(folder) / f"{os.getpid()}-{name}" for folder in (tempfile.gettempdir(), Path.home(), Path.cwd())]
     saved, reasons = save_somewhere(recorder, [*([recorder.state] if recorder.state else []), *spare])
     for reason in reasons:
         _say(f"could not save the stream: {reason}")
-    if saved is None:
-        _tell_last_good(args, recorder)
+    return saved
+
+
+def _tell_last_good(args: argparse.Namespace, recorders: Sequence[Recorder]) -> None:
+    last = [recorder.saved or recorder.resumed for recorder in recorders]
+    if states := [Path(state) for state in last if state is not None]:
+        _say(f"the last good state is kept; go on from it with:\n  {_resume_command(args, states)}")
     else:
-        _say(f"the stream is saved; go on with:\n  {_resume_command(args, saved)}")
-
-
-def _tell_last_good(args: argparse.Namespace, recorder: Recorder) -> None:
-    last = recorder.saved or args.resume
-    if last is None:
         _say("no state was saved before; --autosave SECONDS would keep one")
-    else:
-        _say(f"the last good state is kept; go on from it with:\n  {_resume_command(args, Path(last))}")
 
 
-def _resume_command(args: argparse.Namespace, state: Path) -> str:
-    words = ["echo-infinity", "generate", "--resume", str(state)]
+def _resume_command(args: argparse.Namespace, states: Sequence[Path]) -> str:
+    words = ["echo-infinity", "generate", *(word for state in states for word in ("--resume", str(state)))]
     for name in ("save", "autosave", "raw_hashes", "device"):
         if getattr(args, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]

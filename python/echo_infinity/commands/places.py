@@ -18,6 +18,12 @@ def state_path(output: str | os.PathLike[str] | None) -> Path:
     return output.with_name(f"{stem}.state.safetensors")
 
 
+def numbered(path: str | os.PathLike[str], index: int, count: int) -> Path:
+    """Return the path of one of ``count`` streams that were given one path: ``out-0.mp4`` of ``out.mp4``."""
+    path = Path(path)
+    return path if count == 1 else path.with_name(f"{path.stem}-{index}{path.suffix}")
+
+
 def hold_places(state: Path, *, keep: Path | None, overwrite: bool) -> None:
     """Check that the state can be written, and that it replaces nothing but what it may.
 

@@ -153,9 +153,12 @@ class Lead:
         if order.name == "next":
             sampler.drawn = given["noise"]
             sampler.next_block()
-        elif order.name == "switch":
+        elif order.name in ("switch", "cut"):
             text = _receive(given["text"], len(sampler.text), sampler.generator.device)
-            sampler.switch(text, **given["options"])
+            if order.name == "cut":
+                sampler.cut(text)
+            else:
+                sampler.switch(text, **given["options"])
         elif order.name == "observe":
             sampler.observe(given["latents"].to(sampler.generator.device))
         elif order.name == "collect":

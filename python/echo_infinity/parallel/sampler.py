@@ -126,6 +126,20 @@ class LeadSampler(SplitSampler):
         with self._order("observe", latents=latents.cpu()):
             super().observe(latents)
 
+    def cut(self, text: list[KV]) -> None:
+        """Begin a new shot, on every process."""
+        with self._order("cut", text=self._lead.shapes(text)):
+            self._lead.send(text)
+            super().cut(text)
+
+    def start_from(self, image: Tensor) -> None:
+        """Refuse: tokens are shared out across frames, and a given frame has a noise level of its own.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a stream that starts from an image runs on one process: start it without torchrun")
+
     def switch(self, text: list[KV], *, global_sink: bool = True, memory_recache: bool = False) -> Tensor | None:
         """Change the prompt, on every process."""
         options = {"global_sink": global_sink, "memory_recache": memory_recache}
@@ -138,14 +152,17 @@ class LeadSampler(SplitSampler):
         with self._order("collect"):
             return self.collect()
 
-    def load_tensors(self, named: Mapping[str, Tensor], frame: int) -> None:
+    def load_tensors(self, named: Mapping[str, Tensor], frame: int, first_block: int = 0) -> None:
         """Go on, on every process, from what :meth:`tensors` or that of one process returned."""
+        if "image" in named:
+            self.start_from(named["image"])
         whole = {f"cache.{name}": _all_heads(x, self.split.world) for name, x in self.cache.tensors().items()}
         given = self._checked(named, whole | {"window": self.window.shape})
         memory = {name: x.cpu() for name, x in named.items() if name.startswith("memory.")}
         common = {"window": given.pop("window").cpu()} | memory
         with self._order("take", common=common, frame=frame):
             self.take(given, common, frame)
+        self.first_block = first_block
 
     def _next(self) -> Tensor:
         noise = [self.noise(self.block, step, self._shape) for step in range(self.draws)]

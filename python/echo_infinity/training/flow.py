@@ -51,6 +51,8 @@ class FlowTraining:
         context_noise: largest standard deviation of noise on the clean latents that a context pass caches.
         own_context: share of context passes that cache the model's own one-step prediction instead of the truth;
             a block that is not graded costs a pass more then.
+        image_share: share of clips whose first frame is given clean where the first block is graded, so that the model
+            learns to start from an image.
         ema: decay of the averaged weights, which are the ones saved.
         seed: of weights, clips and noise.
         memory: False trains without memory.
@@ -78,6 +80,7 @@ class FlowTraining:
     shift: float = 3.0
     context_noise: float = 0.1
     own_context: float = 0.0
+    image_share: float = 0.0
     ema: float = 0.995
     seed: int = 0
     memory: bool = True
@@ -133,6 +136,7 @@ def configure(config: EchoConfig, settings: FlowTraining) -> EchoConfig:
     """
     if settings.bidirectional:
         return whole_clip(config, settings.blocks * FRAMES_PER_BLOCK)
+    config = replace(config, image_start=settings.image_share > 0)
     if not settings.memory:
         config = replace(config, memory=None)
     return config if settings.policy == "evolving" else find_policy(settings.policy).configure(config)
@@ -248,17 +252,21 @@ class FlowTrainer(GeneratorTrainer):
                 if not own:
                     u = torch.where(again | first, s.reappear_noise + (1 - s.reappear_noise) * u, u)
                 sigma = shift_level(u, s.shift)[rows].to(x0.device)
+                levels, counted = sigma[:, None], None
+                if s.image_share and block == 0:
+                    levels, counted = self._give_images(sigma, x0.shape[1], generator)
                 noise = self.draw_noise(generator, x0.shape[1], batch)
-                x_t = add_noise(x0, noise, sigma)
+                x_t = add_noise(x0, noise, levels)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not own):
-                    flow = stream.flow(x_t, self.model.condition(1000 * sigma.view(-1, 1)))
+                    flow = stream.flow(x_t, self.model.condition(1000 * levels))
                 if not own:
-                    share = None
+                    weight = counted
                     if s.object_weight:
                         share = 1 + s.object_weight * object_share(x0)
-                    losses.append(flow_loss(flow, x0, noise, share))
+                        weight = share if counted is None else share * counted
+                    losses.append(flow_loss(flow, x0, noise, weight))
                     weights.append(torch.where(again, s.reappear_weight, 1.0))
-                predicted = to_x0(x_t, flow.detach(), sigma)
+                predicted = to_x0(x_t, flow.detach(), levels)
             if block < max(graded):
                 stream.show(self._context(batch, x0, predicted, sigma, 1.0 if own else s.own_context, generator), clean)
         groups = {name: mark[:, list(graded)] for name, mark in marks.items()}
@@ -302,6 +310,13 @@ class FlowTrainer(GeneratorTrainer):
             if mark.any():
                 parts[name] = everyone[mark].mean().item()
         return loss, parts
+
+    def _give_images(self, sigma: Tensor, frames: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw the clips whose first frame is given; return levels ``(B, F)`` and what counts ``(B, F, 1, 1, 1)``."""
+        given = torch.rand(self.settings.batch, generator=generator) < self.settings.image_share
+        noisy = torch.ones(len(sigma), frames, device=sigma.device)
+        noisy[given[self.ranks.rows(len(given))].to(sigma.device), 0] = 0
+        return sigma[:, None] * noisy, noisy[:, :, None, None, None]
 
     def _encode_text(self, index: Tensor, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
         words = [self.words[i] for i in index.tolist()]

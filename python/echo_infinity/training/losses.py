@@ -9,8 +9,8 @@ _STANDS_OUT = 2.0  # mean square over channels, of latents with unit variance
 
 
 def per_sample(sigma: Tensor) -> Tensor:
-    """``(B,)`` noise levels as ``(B, 1, 1, 1, 1)``."""
-    return sigma[:, None, None, None, None]
+    """Noise levels of samples ``(B,)`` or of their frames ``(B, F)``, to be broadcast to ``(B, F, C, h, w)``."""
+    return sigma.reshape(len(sigma), -1, 1, 1, 1)
 
 
 def shift_level(u: Tensor, shift: float) -> Tensor:
@@ -19,12 +19,12 @@ def shift_level(u: Tensor, shift: float) -> Tensor:
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """``(1 - sigma) x0 + sigma noise``, one level a sample."""
+    """``(1 - sigma) x0 + sigma noise``, levels as in :func:`per_sample`."""
     return (1 - per_sample(sigma)) * x0 + per_sample(sigma) * noise
 
 
 def to_x0(x_t: Tensor, flow: Tensor, sigma: Tensor) -> Tensor:
-    """``x_t - sigma flow``, one level a sample."""
+    """``x_t - sigma flow``, levels as in :func:`per_sample`."""
     return x_t - per_sample(sigma) * flow
 
 

@@ -1,0 +1,258 @@
+"""What ``echo-infinity generate`` is asked for: checked before the first block, the cheap things first, then opened."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from echo_ext import __version__
+from echo_infinity.batch import StreamBatch
+from echo_infinity.commands.places import hold_places, numbered, state_path
+from echo_infinity.image import load_image
+from echo_infinity.parallel import Ranks
+from echo_infinity.pipeline import EchoPipeline
+from echo_infinity.prompts import TimedPrompt, due, read_schedule
+from echo_infinity.record import append_line
+from echo_infinity.settings import frame_count
+from echo_infinity.state import SavedStream, SavedVideo
+from echo_infinity.stream import Stream
+from echo_infinity.video import NullWriter, VideoPosition, VideoWriter, open_writer
+
+# Blocks of fewer values than this (tokens x width) are done sooner by one thread than shared out.
+_SMALL_BLOCK = 2**17
+_PARTS = ("text", "text_device", "text_keep", "decoder", "decoder_dtype", "weights", "kv")
+# What may differ when a stream goes on; another decoder or size needs a new stream.
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stream of the request and its video, open."""
+
+    stream: Stream
+    writer: VideoWriter
+    output: str | None
+    target: int | None
+    state: Path
+    hashes: Path | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that was asked for, open.
+
+    Args:
+        jobs: the streams.
+        batch: what makes their blocks, where there are several.
+    """
+
+    jobs: list[Job]
+    batch: StreamBatch | None
+
+
+def check_options(args: argparse.Namespace, saved: Sequence[SavedStream]) -> None:
+    """Refuse what can't be served whatever the model.
+
+    Raises:
+        ValueError: names the option and what to change.
+    """
+    if not saved:
+        if not args.prompt and args.prompt_file is None:
+            raise ValueError('what should it show? Give a prompt, such as "a red circle drifts over a dark field"')
+        if args.output is None and not args.no_video:
+            raise ValueError("where should the video go? Give -o out.mp4, -o FOLDER for PNG files, or --no-video")
+        rows(args.prompt or [""], args.seed or [0])
+    if args.prompt and args.prompt_file is not None:
+        raise ValueError("give a prompt or --prompt-file, not both: the file's first line is the first prompt")
+    if saved:
+        _check_resume(args, saved)
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    if args.autosave is not None and not args.autosave >= 0:
+        raise ValueError(f"--autosave is seconds >= 0, got {args.autosave}")
+
+
+def rows(prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
+    """Return the prompt and the seed of each stream: one of either goes with all of the others.
+
+    Raises:
+        ValueError: several of both, and not equally many.
+    """
+    count = max(len(prompts), len(seeds))
+    if len(prompts) not in (1, count) or len(seeds) not in (1, count):
+        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one of either, or equally many")
+    return [(prompts[i % len(prompts)], seeds[i % len(seeds)]) for i in range(count)]
+
+
+def load(args: argparse.Namespace, saved: Sequence[SavedStream], ranks: Ranks) -> EchoPipeline:
+    """Load the model that is asked for, or that the saved streams ran on, and set the number of threads."""
+    first = saved[0].meta if saved else {}
+    then = first.get("environment", {})
+    cuda = ranks.device.type == "cuda" and then.get("device", "cuda").startswith("cuda")
+    device = args.device or ("cuda" if cuda else "cpu")
+    if ranks.mesh is not None and device == "cuda":
+        device = str(ranks.device)  # each process its own
+    model = args.model or first.get("source") or "tiny"
+    dtype = getattr(torch, args.dtype or then.get("dtype", "float32").partition(",")[0])
+    parts: dict[str, Any] = dict(first.get("parts", {}))
+    parts |= {name: getattr(args, name) for name in _PARTS if getattr(args, name) is not None}
+    if "decoder_dtype" in parts:
+        parts["decoder_dtype"] = getattr(torch, parts["decoder_dtype"])
+    pipe = EchoPipeline.from_pretrained(model, dtype=dtype, device=device, ranks=ranks, **parts)
+    c = pipe.config
+    small = c.window.frames_per_block * c.tokens_per_frame * c.model.width < _SMALL_BLOCK
+    torch.set_num_threads(args.threads or then.get("threads") or (1 if small else torch.get_num_threads()))
+    return pipe
+
+
+def prepare(args: argparse.Namespace, pipe: EchoPipeline, saved: Sequence[SavedStream]) -> Request:
+    """Check everything that can be checked before the first block, and open streams and videos.
+
+    Raises:
+        ValueError, OSError, VideoWriteError: the request can't be served; nothing was generated.
+    """
+    streams, batch = _open_streams(args, pipe, saved)
+    jobs: list[Job] = []
+    try:
+        for i, stream in enumerate(streams):
+            jobs.append(_open_job(args, stream, saved[i] if saved else None, (i, len(streams))))
+        if len({job.target for job in jobs}) > 1:
+            raise ValueError("the videos were to have different lengths: say how long, such as --seconds 60")
+    except BaseException:
+        for job in jobs:
+            job.writer.close()
+        raise
+    return Request(jobs, batch)
+
+
+def _check_resume(args: argparse.Namespace, saved: Sequence[SavedStream]) -> None:
+    if args.image:
+        raise ValueError("--image starts a stream; a resumed one has begun: leave it out")
+    if len(args.prompt or []) not in (0, 1, len(saved)):
+        raise ValueError(f"{len(args.prompt)} prompts for {len(saved)} resumed streams: give one, or one for each")
+    for i, one in enumerate(saved):
+        seeds = args.seed or [one.meta["seed"]]
+        if seeds[i % len(seeds)] != one.meta["seed"]:
+            raise ValueError(f"--seed of a resumed stream can't change: it is {one.meta['seed']}; leave it out")
+        if args.memory not in (None, one.meta["memory"]):
+            raise ValueError(f"--memory of a resumed stream can't change: it is {one.meta['memory']}; leave it out")
+        if one.meta["output_type"] != "pixels" or one.meta["noise"] != "counter":
+            raise ValueError(f"{one.path} ran with latents or the caller's own noise: resume it from Python")
+
+
+def _open_streams(
+    args: argparse.Namespace, pipe: EchoPipeline, saved: Sequence[SavedStream]
+) -> tuple[list[Stream], StreamBatch | None]:
+    schedule = () if args.prompt_file is None else read_schedule(args.prompt_file)
+    if saved:
+        batch = pipe.resume_batch(saved) if len(saved) > 1 else None
+        streams = [pipe.resume(saved[0])] if batch is None else batch.streams
+        for i, stream in enumerate(streams):
+            if args.prompt:
+                _switch(stream, args.prompt[i % len(args.prompt)])
+            if schedule:
+                _reschedule(pipe, stream, schedule)
+        return streams, batch
+    wanted = rows(args.prompt or [schedule[0].prompt], args.seed or [0])
+    images = [load_image(path, pipe.size) for path in args.image or []]
+    if images and len(images) not in (1, len(wanted)):
+        raise ValueError(f"{len(images)} images for {len(wanted)} streams: give one, or one for each")
+    if len(wanted) == 1:
+        prompt, seed = wanted[0]
+        image = images[0] if images else None
+        return [pipe.stream(prompt, seed=seed, schedule=schedule[1:], image=image, memory=args.memory)], None
+    batch = pipe.batch(
+        [prompt for prompt, _ in wanted],
+        [seed for _, seed in wanted],
+        schedule=schedule[1:],
+        images=[images[i % len(images)] for i in range(len(wanted))] if images else None,
+        memory=args.memory,
+    )
+    return batch.streams, batch
+
+
+def _switch(stream: Stream, prompt: str) -> None:
+    if prompt != stream.prompt:
+        stream.switch(prompt)
+
+
+def _reschedule(pipe: EchoPipeline, stream: Stream, schedule: Sequence[TimedPrompt]) -> None:
+    """Follow another schedule from here on: what should be in effect by now, and all that is still to come."""
+    passed = due(schedule, stream.seconds)
+    pipe.check_prompts(schedule[passed:])
+    _switch(stream, schedule[passed - 1].prompt)
+    stream.schedule.clear()
+    stream.schedule.extend(schedule[passed:])
+
+
+def _open_job(args: argparse.Namespace, stream: Stream, saved: SavedStream | None, place: tuple[int, int]) -> Job:
+    def own(path: str | Path | None) -> Path | None:
+        return None if path is None else numbered(path, *place)
+
+    pipe, resume = stream.pipe, None if saved is None else saved.path
+    position, output = _find_video(None if args.output is None else str(own(args.output)), args.no_video, saved)
+    target = _target(args, saved, position, pipe.fps)
+    video = own(args.output) or output
+    state = own(args.save) or resume or (own(state_path(None)) if video is None else state_path(video))
+    assert state is not None
+    hold_places(state, keep=resume, overwrite=args.overwrite)
+    if (hashes := own(args.raw_hashes)) is not None:
+        append_line(hashes, "")
+    if output is None:
+        return Job(stream, NullWriter(resume=position), None, target, state, hashes)
+    height, width = pipe.size
+    writer = open_writer(
+        output,
+        width=width,
+        height=height,
+        fps=pipe.fps,
+        metadata={"prompt": stream.prompt, "seed": stream.settings.seed, "version": f"echo-infinity {__version__}"},
+        resume=position,
+        overwrite=args.overwrite,
+    )
+    return Job(stream, writer, output, target, state, hashes)
+
+
+def _find_video(
+    output: str | None, no_video: bool, saved: SavedStream | None
+) -> tuple[VideoPosition | None, str | None]:
+    """Where the video goes, and the position at which it goes on, if it does."""
+    video: SavedVideo | None = None if saved is None else saved.video
+    if no_video:
+        return (None if video is None else VideoPosition(frames=video.position.frames)), None
+    if output is None:
+        return (None, None) if video is None else (video.position, video.path)
+    output = os.path.abspath(output)
+    if video is None or video.path is None or (output != video.path and not os.path.exists(output)):
+        return None, output
+    return video.position, output
+
+
+def _target(
+    args: argparse.Namespace, saved: SavedStream | None, position: VideoPosition | None, fps: int
+) -> int | None:
+    """Frames that the whole video is to have; None for endless."""
+    if args.endless:
+        return None
+    units = {"seconds": 1, "minutes": 60, "hours": 3600}
+    given = [getattr(args, name) * unit for name, unit in units.items() if getattr(args, name) is not None]
+    target: int | None
+    if given:
+        target = frame_count(given[0], fps)
+    elif args.frames is not None:
+        target = args.frames
+    elif saved is not None and saved.video is not None and position is not None:
+        target = saved.video.target
+    else:
+        raise ValueError("how long? Give --seconds, --minutes, --hours, --frames or --endless")
+    have = 0 if position is None else position.frames
+    if target is not None and target <= have:
+        if have:
+            raise ValueError(f"the video has {have} frames ({have / fps:.2f} s) already: ask for more, or --endless")
+        raise ValueError(f"the length must be at least one frame, got {target}")
+    return target
