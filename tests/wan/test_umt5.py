@@ -125,6 +125,16 @@ def test_another_prompt_encoder_or_dtype_has_its_own_entry(tmp_path, folder):
     assert len(list(cache.iterdir())) == 4
 
 
+def test_an_encoder_that_differs_in_one_number_has_its_own_entry(tmp_path, folder):
+    cache, path = tmp_path / "cache", folder / "model.safetensors"
+    first = text_of(folder, cache=cache).encode([PROMPT])
+    weights = load_file(path)
+    weights["encoder.block.1.layer.1.DenseReluDense.wo.weight"][3, 5] += 1
+    save_file(weights, path, metadata={"format": "pt"})
+    assert not torch.equal(text_of(folder, cache=cache).encode([PROMPT]), first)
+    assert len(list(cache.iterdir())) == 2
+
+
 def test_a_broken_cache_entry_is_computed_again(tmp_path, folder):
     cache = tmp_path / "cache"
     first = text_of(folder, cache=cache).encode([PROMPT])
