@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from echo_infinity.checkpoints.entries import WEIGHT_DTYPES
+from echo_infinity.checkpoints.entries import WEIGHT_DTYPES, check_folder_depth
 from echo_infinity.contents import content_hash
 from echo_infinity.extras import library
 
@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+TEXT_DEPTH = ("num_layers",)
 KEEPS = ("loaded", "cpu", "freed")
 
 
@@ -133,8 +134,8 @@ class Umt5Text:
 
     @torch.inference_mode()
     def _compute(self, text: str) -> Tensor:
-        ids = self._tokenise(text)
         model = self._load()
+        ids = self._tokenise(text)
         model.to(self.device)
         # A padded batch under a mask gives the same numbers for the prompt's own tokens; zeros replace the rest.
         row = model(input_ids=torch.tensor([ids], device=self.device)).last_hidden_state[0].cpu()
@@ -163,6 +164,7 @@ class Umt5Text:
     def _load(self) -> Any:
         if self._model is None:
             transformers = library("transformers", "a UMT5 text encoder")
+            check_folder_depth(self.folder, TEXT_DEPTH)
             try:
                 model, report = transformers.UMT5EncoderModel.from_pretrained(
                     self.folder,
@@ -171,7 +173,7 @@ class Umt5Text:
                     use_safetensors=True,
                     output_loading_info=True,
                 )
-            except (OSError, RuntimeError, SafetensorError) as error:
+            except (OSError, RuntimeError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 raise ValueError(f"{self.folder} can't be read as a UMT5 encoder: {error}") from error
