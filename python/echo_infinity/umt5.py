@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from echo_infinity.checkpoints.entries import WEIGHT_DTYPES
+from echo_infinity.checkpoints.entries import WEIGHT_DTYPES, check_folder_depth
+from echo_infinity.contents import content_hash
 from echo_infinity.extras import library
 
 TOKENIZER_FILES = (
@@ -25,6 +26,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+TEXT_DEPTH = ("num_layers",)
 KEEPS = ("loaded", "cpu", "freed")
 
 
@@ -122,7 +124,7 @@ class Umt5Text:
 
     def _one(self, prompt: str) -> Tensor:
         text = clean_prompt(prompt)
-        path = None if self.cache is None else self.cache / f"{self._digest(text)}.safetensors"
+        path = None if self.cache is None else self.cache / f"{self._digest(text, self.cache)}.safetensors"
         if path is not None and (cached := _read_cached(path, self.width)) is not None:
             return cached
         row = self._compute(text)
@@ -132,8 +134,8 @@ class Umt5Text:
 
     @torch.inference_mode()
     def _compute(self, text: str) -> Tensor:
-        ids = self._tokenise(text)
         model = self._load()
+        ids = self._tokenise(text)
         model.to(self.device)
         # A padded batch under a mask gives the same numbers for the prompt's own tokens; zeros replace the rest.
         row = model(input_ids=torch.tensor([ids], device=self.device)).last_hidden_state[0].cpu()
@@ -162,6 +164,7 @@ class Umt5Text:
     def _load(self) -> Any:
         if self._model is None:
             transformers = library("transformers", "a UMT5 text encoder")
+            check_folder_depth(self.folder, TEXT_DEPTH)
             try:
                 model, report = transformers.UMT5EncoderModel.from_pretrained(
                     self.folder,
@@ -170,7 +173,7 @@ class Umt5Text:
                     use_safetensors=True,
                     output_loading_info=True,
                 )
-            except (OSError, RuntimeError, SafetensorError) as error:
+            except (OSError, RuntimeError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 raise ValueError(f"{self.folder} can't be read as a UMT5 encoder: {error}") from error
@@ -182,13 +185,12 @@ class Umt5Text:
             self._model = model.eval().requires_grad_(False)
         return self._model
 
-    def _digest(self, text: str) -> str:
+    def _digest(self, text: str, memo: Path) -> str:
         """Content of the prompt and of everything that decides its embedding."""
         if self._key is None:
-            digest = hashlib.sha256(f"1 {self.tokens} {self.dtype}".encode())
-            for path in sorted(self.folder.iterdir()):
-                digest.update(f" {path.name} {path.stat().st_size} ".encode())
-                digest.update(_ends(path))
+            digest = hashlib.sha256(f"2 {self.tokens} {self.dtype}".encode())
+            for path in sorted(path for path in self.folder.iterdir() if path.is_file()):
+                digest.update(f" {path.name} {content_hash(path, memo)}".encode())
             self._key = digest.hexdigest()
         return hashlib.sha256(f"{self._key} {text}".encode()).hexdigest()
 
@@ -288,11 +290,3 @@ def _write_cached(path: Path, row: Tensor) -> None:
         write_tensors(path, {"embedding": row.contiguous()}, {})
     except OSError as error:
         warnings.warn(f"could not keep the prompt's embedding in {path.parent}: {error}", UserWarning, stacklevel=5)
-
-
-def _ends(path: Path, count: int = 1 << 16) -> bytes:
-    """First and last bytes of a file: enough to tell two encoders apart without reading 11 GB at every start."""
-    with open(path, "rb") as file:
-        head = file.read(count)
-        file.seek(max(0, path.stat().st_size - count))
-        return head + file.read(count)

@@ -125,6 +125,16 @@ def test_another_prompt_encoder_or_dtype_has_its_own_entry(tmp_path, folder):
     assert len(list(cache.iterdir())) == 4
 
 
+def test_an_encoder_that_differs_in_one_number_has_its_own_entry(tmp_path, folder):
+    cache, path = tmp_path / "cache", folder / "model.safetensors"
+    first = text_of(folder, cache=cache).encode([PROMPT])
+    weights = load_file(path)
+    weights["encoder.block.1.layer.1.DenseReluDense.wo.weight"][3, 5] += 1
+    save_file(weights, path, metadata={"format": "pt"})
+    assert not torch.equal(text_of(folder, cache=cache).encode([PROMPT]), first)
+    assert len(list(cache.iterdir())) == 2
+
+
 def test_a_broken_cache_entry_is_computed_again(tmp_path, folder):
     cache = tmp_path / "cache"
     first = text_of(folder, cache=cache).encode([PROMPT])
@@ -219,17 +229,36 @@ def test_precomputed_embeddings_that_are_broken_are_refused(tmp_path, break_it, 
         PrecomputedText(path, TOKENS, WIDTH).encode([PROMPT])
 
 
+@pytest.mark.parametrize("depth", [10**9, -1, "many", 1.5])
+def test_a_configuration_of_absurd_depth_is_refused_before_it_is_built(tmp_path, folder, depth):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"num_layers": depth}))
+    for attempt in (
+        lambda: text_of(folder).encode([PROMPT]),
+        lambda: write_text(folder, None, tmp_path / "out", torch.float32),
+    ):
+        with pytest.raises(ValueError, match=rf"has num_layers {depth!r}, the weights \d+ tensors"):
+            attempt()
+
+
 def test_a_truncated_encoder_is_refused(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="can't be read as a UMT5 encoder"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is corrupt or truncated"):
+        text_of(folder).encode([PROMPT])
+
+
+def test_an_encoder_of_other_shapes_is_refused(folder):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"d_ff": 10}))
+    with pytest.raises(ValueError, match=r"can't be read as a UMT5 encoder|doesn't fit its configuration"):
         text_of(folder).encode([PROMPT])
 
 
 def test_an_encoder_in_a_pickle_is_not_opened(tmp_path, folder):
     (folder / "model.safetensors").unlink()
     torch.save(Trap(tmp_path / "ran"), folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"can't be read as a UMT5 encoder: .*model\.safetensors"):
+    with pytest.raises(ValueError, match=r"must hold one \.safetensors file"):
         text_of(folder).encode([PROMPT])
     assert not (tmp_path / "ran").exists()
 

@@ -189,8 +189,8 @@ def test_a_vae_that_does_not_fit_is_refused_with_every_name(tmp_path):
     ("change", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), r"holds no config\.json"),
-        (lambda folder: (folder / "diffusion_pytorch_model.safetensors").unlink(), "can't be read as a Wan VAE"),
-        (lambda folder: cut(folder / "diffusion_pytorch_model.safetensors"), "can't be read as a Wan VAE"),
+        (lambda folder: (folder / "diffusion_pytorch_model.safetensors").unlink(), r"must hold one \.safetensors file"),
+        (lambda folder: cut(folder / "diffusion_pytorch_model.safetensors"), "is corrupt or truncated"),
     ],
 )
 def test_a_broken_folder_is_refused(tmp_path, change, message):
@@ -200,14 +200,29 @@ def test_a_broken_folder_is_refused(tmp_path, change, message):
         WanVae.load(tmp_path / "vae")
 
 
+@pytest.mark.parametrize("change", [{"num_res_blocks": 10**9}, {"dim_mult": [1] * 10**4}])
+def test_a_configuration_of_absurd_depth_is_refused_before_it_is_built(tmp_path, change):
+    vae().save_pretrained(tmp_path / "vae")
+    path = tmp_path / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for attempt in (
+        lambda: WanVae.load(tmp_path / "vae"),
+        lambda: write_decoder(tmp_path / "vae", tmp_path / "out"),
+    ):
+        with pytest.raises(ValueError, match=rf"has {next(iter(change))} 10+, the weights \d+ tensors"):
+            attempt()
+
+
 def test_a_vae_in_a_pickle_is_not_opened(tmp_path):
     vae().save_pretrained(tmp_path / "vae")
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     torch.save(Trap(tmp_path / "ran"), tmp_path / "vae" / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match="can't be read as a Wan VAE"):
-        WanVae.load(tmp_path / "vae")
-    with pytest.raises(ValueError, match=r"must hold one \.safetensors file"):
-        write_decoder(tmp_path / "vae", tmp_path / "out")
+    for attempt in (
+        lambda: WanVae.load(tmp_path / "vae"),
+        lambda: write_decoder(tmp_path / "vae", tmp_path / "out"),
+    ):
+        with pytest.raises(ValueError, match=r"must hold one \.safetensors file"):
+            attempt()
     assert not (tmp_path / "ran").exists()
 
 

@@ -88,13 +88,13 @@ class Attached:
         self.transformer, self.config = transformer, config
         self._before: dict[str, Any] | None = dict(transformer.attn_processors)
         self._now = _Now()
+        stand_in: Any = _StandIn(transformer, self._now, config.model.text_tokens)
+        self.generator = Generator(config, stand_in, memory)
         mine = {
             name: _Processor(self._now, int(name.split(".")[1])) if name.endswith("attn1.processor") else processor
             for name, processor in self._before.items()
         }
-        transformer.set_attn_processor(mine)
-        stand_in: Any = _StandIn(transformer, self._now, config.model.text_tokens)
-        self.generator = Generator(config, stand_in, memory)
+        transformer.set_attn_processor(mine)  # last: whatever is refused before changes nothing
 
     def stream(self, embeddings: Tensor, *, seed: int = 0, noise: Noise | None = None) -> BlockSampler:
         """Start a stream of latent blocks; any number may run on one model.
