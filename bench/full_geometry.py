@@ -23,6 +23,7 @@ from echo_infinity.memory import EvolvingMemory
 from echo_infinity.model import CausalDiT
 from echo_infinity.noise import counter_noise
 from echo_infinity.sampler import BlockSampler, Generator
+from echo_infinity.taehv import TinyConfig, TinyDecoder
 
 
 def build(config: EchoConfig, dtype: torch.dtype, device: str, graphs: bool | None = False) -> BlockSampler:
@@ -47,9 +48,10 @@ def build(config: EchoConfig, dtype: torch.dtype, device: str, graphs: bool | No
 
 
 def peak(device: str) -> int:
-    """Most bytes that the process, or the GPU, has held."""
+    """Most bytes that the process, or the GPU, has held; on a GPU with the libraries' own, and other programs'."""
     if device != "cpu":
-        return torch.cuda.max_memory_reserved()
+        free, total = torch.cuda.mem_get_info()
+        return total - free - torch.cuda.memory_reserved() + torch.cuda.max_memory_reserved()
     status = Path("/proc/self/status")
     if status.exists():  # the other source counts what the parent held when it forked
         return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -65,6 +67,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="fewer than the preset's")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--decoder", choices=["none", "tiny"], default="none", help="decode the block too")
     args = parser.parse_args()
     config = preset(args.preset) if args.config is None else EchoConfig.from_json(Path(args.config).read_text())
     if args.layers:
@@ -72,12 +75,22 @@ def main() -> None:
     if args.steps:
         config = replace(config, sampler=replace(config.sampler, steps=config.sampler.steps[: args.steps]))
     dtype = getattr(torch, args.dtype)
-    plan = items(config, Choice(dtype=args.dtype, text="file", decoder="none", prompts=1), args.device)
+    plan = items(
+        config,
+        Choice(dtype=args.dtype, text="file", decoder=args.decoder, decoder_dtype=args.dtype, prompts=1),
+        args.device,
+    )
     del plan["more work at a prompt switch"]
     with torch.inference_mode():
         sampler = build(config, dtype, args.device)
+        if args.decoder == "tiny":
+            decoder = TinyDecoder(TinyConfig(config.model.latent_channels)).to(args.device, dtype).eval()
         begun = time.monotonic()
         latents = sampler.next_block()
+        if args.decoder == "tiny":
+            state = None
+            for _ in range(2):  # from the second block on the old state is there beside the new
+                _, state = decoder.decode(latents, state)
     measured, planned = peak(args.device), sum(plan.values())
     report = {
         "seconds": round(time.monotonic() - begun, 1),

@@ -8,6 +8,8 @@ import emulated as emulation
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 
 import echo_ext
 from echo_ext import _native
@@ -16,6 +18,11 @@ WHY_NO_KERNELS = echo_ext.build_info()["why_no_kernels"]
 
 # Tests are small tensors: more threads only fight over the cores. OMP_NUM_THREADS can ask for fewer.
 torch.set_num_threads(min(torch.get_num_threads(), 2))
+
+
+# A busy machine is slow and not wrong.
+hypothesis_settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("busy")
 
 
 def pytest_addoption(parser):

@@ -184,6 +184,12 @@ def test_no_path_of_a_machine_and_no_registry_in_the_tree():
     assert offenders(r"https?://[^ )\">]*(?:pypi|debian|npm)", tree()) == []
 
 
+def test_no_file_is_opened_in_a_way_that_could_run_code():
+    sources = [name for name in tree() if name.startswith(tuple(PACKAGES.values())) and name.endswith(".py")]
+    unsafe = r"torch\.load\((?!.*weights_only=True)|weights_only=False|trust_remote_code=True|use_safetensors=False"
+    assert offenders(rf"{unsafe}|allow_pickle=True|^\s*(import|from) (pickle|marshal|shelve|dill)\b", sources) == []
+
+
 def test_no_file_is_larger_than_10_mb():
     assert {name: path.stat().st_size for name, path in tree().items() if path.stat().st_size > MAX_BYTES} == {}
 

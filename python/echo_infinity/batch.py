@@ -210,6 +210,7 @@ class StreamBatch:
 
     def __init__(self, sampler: BatchSampler, streams: Sequence[Stream]) -> None:
         self._sampler, self.streams = sampler, list(streams)
+        self._finished: list[Tensor] = []  # of a step in which there was no memory to decode the rest
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         return self
@@ -220,10 +221,24 @@ class StreamBatch:
         Raises:
             NonFiniteError: NaN or Inf in one of them.
             StopIteration: a stream is closed.
+            ValueError: more blocks of one stream than of another wait to be decoded.
         """
         if any(stream.closed for stream in self.streams):
             raise StopIteration
-        return [stream.finish(x) for stream, x in zip(self.streams, self.next_latents(), strict=True)]
+        done = self._finished
+        owed = [len(stream.waiting) + (i < len(done)) for i, stream in enumerate(self.streams)]
+        if any(count != owed[0] for count in owed):
+            raise ValueError(f"{owed} blocks of the streams wait to be decoded: decode() them, stream by stream, first")
+        rest = self.streams[len(done) :]
+        latents = [stream.waiting[0] for stream in rest] if owed[0] else self.next_latents()
+        try:  # what is finished stays in the list when there is no memory to finish the next
+            done.extend(stream.finish(x) for stream, x in zip(rest, latents, strict=True))
+        except Exception as error:
+            if not isinstance(error, torch.OutOfMemoryError):
+                self._finished = []
+            raise
+        self._finished = []
+        return done
 
     def next_latents(self) -> list[Tensor]:
         """Generate a block of each and leave the decoding to the caller, as :meth:`Stream.next_latents` does.

@@ -78,8 +78,8 @@ class CausalDiT(nn.Module):
         """Project a prompt to each layer's cross-attention K/V, once per prompt.
 
         Args:
-            embeddings: ``(B, n, text_width)``, ``n <= text_tokens``; padded with zeros to ``text_tokens``, and the
-                padding is attended to, as in training.
+            embeddings: ``(B, n, text_width)``, ``n <= text_tokens``, on any device; padded with zeros to
+                ``text_tokens``, and the padding is attended to, as in training.
 
         Returns:
             Per layer keys (normalised over D) and values, ``(B, text_tokens, H, d)``.
@@ -93,7 +93,7 @@ class CausalDiT(nn.Module):
                 f"text embeddings must be (B, <= {c.text_tokens}, {c.text_width}), got {tuple(embeddings.shape)}"
             )
         padded = nnf.pad(embeddings, (0, 0, 0, c.text_tokens - embeddings.shape[1]))
-        context = self.text_embedding(padded.to(self.dtype))
+        context = self.text_embedding(padded.to(self.patch_embedding.weight))
         written = padded.ne(0).any(dim=-1).any(dim=0).nonzero()  # tokens that hold a word of any prompt
         padding = c.text_tokens - (int(written[-1]) + 1 if len(written) else 0)
         texts = [TextKV(block.encode_text(context)) for block in self.layers()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import resource
@@ -63,7 +64,8 @@ class Recorder:
         self.saved: Path | None = None  # where the last good state of this run is
         self.resumed: Path | None = stream.resumed  # and that of the run before
         self._error: OSError | VideoWriteError | None = None
-        self._waiting: deque[tuple[Tensor, int]] = deque()  # generated and not decoded yet
+        waiting = stream.waiting
+        self._waiting = deque(zip(waiting, range(stream.block - len(waiting), stream.block), strict=True))
         self._offset = 0  # of the video's frames against the stream's
         self._saved_at = 0.0
 
@@ -77,14 +79,15 @@ class Recorder:
             NonFiniteError: NaN or Inf; no state is saved any more.
             VideoWriteError: the disk refused; the stream can still be saved, with the frames that aren't written.
             OSError: the same, from the file of hashes.
-            OutOfMemoryError: torch's; the stream can still be saved.
+            OutOfMemoryError: torch's; the stream can still be saved, with the blocks that could not be decoded.
         """
         return _drive([self], lambda: [self.stream.next_latents()], stop)
 
     def begin(self) -> None:
-        """Write what a saved stream left unwritten; save for the first time."""
-        self._offset, self._saved_at = self.written + len(self.rest) - self.stream.frames, time.monotonic()
+        """Write what a saved stream left unwritten or undecoded; save for the first time."""
         self._flush()
+        self.take_all()
+        self._offset, self._saved_at = self.written + len(self.rest) - self.stream.frames, time.monotonic()
         if self.autosave is not None:
             self._save_on_time()
 
@@ -189,8 +192,9 @@ def _drive(recorders: Sequence[Recorder], generate: Callable[[], list[Tensor]], 
         return _overlap(recorders, generate, stop)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        for recorder in recorders:  # alone now: what is generated can be decoded before the stream is saved
-            recorder.take_all()
+        for recorder in recorders:  # alone now: there may be room to decode what is generated before it is saved
+            with contextlib.suppress(torch.OutOfMemoryError):
+                recorder.take_all()
         raise
 
 

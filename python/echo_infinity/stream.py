@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 
 class AutosaveWarning(UserWarning):
     """A stream couldn't be saved on time; it goes on, and the state saved before is still there."""
+
+
+class _Waiting(NamedTuple):
+    """A block for the decoder, which starts anew where a shot begins."""
+
+    latents: Tensor
+    begins_shot: bool
 
 
 class Stream:
@@ -62,7 +69,8 @@ class Stream:
         self._sampler = sampler
         self._decoder: dict[str, Tensor] | None = None
         self._switch: tuple[PromptChange, list[KV]] | None = None
-        self._undecoded: deque[bool] = deque()  # of each block that waits for its decoding, whether it begins a shot
+        self._waiting: deque[_Waiting] = deque()  # blocks that are not decoded yet
+        self._handover = threading.Lock()  # a decoded block leaves as the decoder's state moves on
         self._frames_before = 0  # of the shots before this one
         self.schedule: deque[TimedPrompt] = deque()  # what is still to come
         self._lane = Lane(pipe.device)
@@ -92,6 +100,11 @@ class Stream:
         return self.prompts[-1].prompt
 
     @property
+    def waiting(self) -> tuple[Tensor, ...]:
+        """Latents of the blocks that are generated and not decoded, oldest first; they are saved with the stream."""
+        return tuple(block.latents for block in self._waiting)
+
+    @property
     def closed(self) -> bool:
         """Whether the stream was closed."""
         return self._closed
@@ -100,7 +113,7 @@ class Stream:
         return self
 
     def __next__(self) -> Tensor:
-        """Generate a block.
+        """Generate a block; one that waits for the decoder comes first.
 
         Raises:
             NonFiniteError: NaN or Inf; every later call raises it again, and the stream can't be saved any more.
@@ -110,13 +123,16 @@ class Stream:
             if self._closed:
                 raise StopIteration
             self._autosave()
-            return self.finish(self.next_latents())
+            return self.finish(self._waiting[0].latents if self._waiting else self.next_latents())
 
     def finish(self, latents: Tensor) -> Tensor:
         """Make of a block's latents what iterating gives, and tell the callback."""
-        output = self.decode(latents) if self.settings.output_type == "pixels" else latents
+        pixels = self.settings.output_type == "pixels"
+        if not pixels and self._waiting:  # of the saved stream, which had pixels
+            self._waiting.popleft()
+        output = self.decode(latents) if pixels else latents
         if self.settings.callback is not None:
-            self.settings.callback(self, self.block - 1, output)
+            self.settings.callback(self, self.block - 1 - len(self._waiting), output)
         return output
 
     def next_latents(self) -> Tensor:
@@ -156,9 +172,10 @@ class Stream:
         except NonFiniteError as error:
             self._failure = error
             raise
-        self._undecoded.append(self._sampler.frame == self.pipe.config.window.frames_per_block)
         own = latents[0].clone()  # a plain tensor, not one of inference mode
         self._lane.made()
+        if self.settings.output_type == "pixels":
+            self._waiting.append(_Waiting(own, self._begins_shot))
         return own
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -174,7 +191,8 @@ class Stream:
             NonFiniteError: the decoder gave NaN or Inf.
         """
         with torch.inference_mode(), self._lane.use(latents):
-            before = None if self._undecoded and self._undecoded[0] else self._decoder
+            begins = self._waiting[0].begins_shot if self._waiting else self._begins_shot
+            before = None if begins else self._decoder
             pixels, state = self.pipe.codec.decode(latents[None].to(self.pipe.device), before)
             if not torch.isfinite(pixels).all():
                 self._failure = NonFiniteError("the decoder gave NaN or Inf; resume from the last saved state")
@@ -185,9 +203,10 @@ class Stream:
         except NonFiniteError as error:
             self._failure = error
             raise
-        self._decoder = state
-        if self._undecoded:
-            self._undecoded.popleft()
+        with self._handover:
+            self._decoder = state
+            if self._waiting:
+                self._waiting.popleft()
         return frames.clone(memory_format=torch.contiguous_format)
 
     def switch(self, prompt: str, *, global_sink: bool = True, memory_recache: bool = False, cut: bool = False) -> None:
@@ -237,7 +256,7 @@ class Stream:
         Raises:
             NonFiniteError: the stream holds NaN or Inf; the file is left as it was.
             OSError: the disk refused; the file is left as it was.
-            ValueError: the stream is closed, or blocks wait for :meth:`decode`.
+            ValueError: the stream is closed.
         """
         with self.lock:
             self._check_usable()
@@ -286,6 +305,11 @@ class Stream:
             change = PromptChange(**saved.meta["switch"])
             self._switch = change, self.pipe.encode_prompt(change.prompt)
 
+    @property
+    def _begins_shot(self) -> bool:
+        """Whether the block made last is the first of its shot."""
+        return self._sampler.frame == self.pipe.config.window.frames_per_block
+
     def _apply_switch(self) -> None:
         assert self._switch is not None
         change, text = self._switch
@@ -313,11 +337,9 @@ class Stream:
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {f"sampler.{name}": x for name, x in self._sampler.tensors().items()}
-        if self.settings.output_type == "latents":
-            return named
-        if self._undecoded:
-            raise ValueError(f"{len(self._undecoded)} blocks wait to be decoded: pass them to decode() first")
-        return named | {f"codec.{name}": x for name, x in (self._decoder or {}).items()}
+        with self._handover:
+            named |= {f"waiting.{i}": x for i, x in enumerate(self.waiting)}
+            return named | {f"codec.{name}": x for name, x in (self._decoder or {}).items()}
 
     def _load(self, tensors: dict[str, Tensor], frame: int) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
@@ -330,6 +352,10 @@ class Stream:
         self._frames_before = TIME_STRIDE * per_block * first_block - (TIME_STRIDE - 1) * len(cuts)
         device = self.pipe.device
         self._decoder = {name: x.to(device, copy=True) for name, x in part("codec.").items()} or None
+        waiting, end = part("waiting."), first_block + frame // per_block
+        for i in range(len(waiting)):
+            begins = end - len(waiting) + i in {0, *cuts}
+            self._waiting.append(_Waiting(waiting[str(i)].to(device, copy=True), begins))
 
     def _meta(self, video: SavedVideo | None) -> dict[str, Any]:
         s = self.settings

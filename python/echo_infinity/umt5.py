@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from echo_infinity.checkpoints.entries import WEIGHT_DTYPES, check_folder_depth
+from echo_infinity.contents import content_hash
 from echo_infinity.extras import library
 
 TOKENIZER_FILES = (
@@ -24,6 +26,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+TEXT_DEPTH = ("num_layers",)
 KEEPS = ("loaded", "cpu", "freed")
 
 
@@ -121,7 +124,7 @@ class Umt5Text:
 
     def _one(self, prompt: str) -> Tensor:
         text = clean_prompt(prompt)
-        path = None if self.cache is None else self.cache / f"{self._digest(text)}.safetensors"
+        path = None if self.cache is None else self.cache / f"{self._digest(text, self.cache)}.safetensors"
         if path is not None and (cached := _read_cached(path, self.width)) is not None:
             return cached
         row = self._compute(text)
@@ -131,8 +134,8 @@ class Umt5Text:
 
     @torch.inference_mode()
     def _compute(self, text: str) -> Tensor:
-        ids = self._tokenise(text)
         model = self._load()
+        ids = self._tokenise(text)
         model.to(self.device)
         # A padded batch under a mask gives the same numbers for the prompt's own tokens; zeros replace the rest.
         row = model(input_ids=torch.tensor([ids], device=self.device)).last_hidden_state[0].cpu()
@@ -161,13 +164,19 @@ class Umt5Text:
     def _load(self) -> Any:
         if self._model is None:
             transformers = library("transformers", "a UMT5 text encoder")
-            model, report = transformers.UMT5EncoderModel.from_pretrained(
-                self.folder,
-                dtype=self.dtype or "auto",
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
+            check_folder_depth(self.folder, TEXT_DEPTH)
+            try:
+                model, report = transformers.UMT5EncoderModel.from_pretrained(
+                    self.folder,
+                    dtype=self.dtype or "auto",
+                    local_files_only=True,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+            except (OSError, RuntimeError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise ValueError(f"{self.folder} can't be read as a UMT5 encoder: {error}") from error
             wrong = {name: found for name, found in report.items() if found}
             if wrong:
                 raise ValueError(f"{self.folder} doesn't fit its configuration: {wrong}")
@@ -176,13 +185,12 @@ class Umt5Text:
             self._model = model.eval().requires_grad_(False)
         return self._model
 
-    def _digest(self, text: str) -> str:
+    def _digest(self, text: str, memo: Path) -> str:
         """Content of the prompt and of everything that decides its embedding."""
         if self._key is None:
-            digest = hashlib.sha256(f"1 {self.tokens} {self.dtype}".encode())
-            for path in sorted(self.folder.iterdir()):
-                digest.update(f" {path.name} {path.stat().st_size} ".encode())
-                digest.update(_ends(path))
+            digest = hashlib.sha256(f"2 {self.tokens} {self.dtype}".encode())
+            for path in sorted(path for path in self.folder.iterdir() if path.is_file()):
+                digest.update(f" {path.name} {content_hash(path, memo)}".encode())
             self._key = digest.hexdigest()
         return hashlib.sha256(f"{self._key} {text}".encode()).hexdigest()
 
@@ -196,7 +204,7 @@ class PrecomputedText:
         width: of an embedding, the DiT's ``text_width``.
 
     Raises:
-        ValueError: missing, corrupt, or with embeddings of another shape.
+        ValueError: missing, corrupt, or with embeddings of another shape or kind of number.
     """
 
     def __init__(self, path: str | os.PathLike[str], tokens: int, width: int) -> None:
@@ -205,23 +213,26 @@ class PrecomputedText:
             raise ValueError(f"{path} is missing")
         try:
             with safe_open(self.path, framework="pt") as file:
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                found = {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
         except SafetensorError as error:
             raise ValueError(f"{path} is corrupt or truncated: {error}") from error
         wrong = [
-            f"{name!r} {s}" for name, s in shapes.items() if len(s) != 2 or not 1 <= s[0] <= tokens or s[1] != width
+            f"{name!r} {dtype} {s}"
+            for name, (s, dtype) in found.items()
+            if len(s) != 2 or not 1 <= s[0] <= tokens or s[1] != width or dtype not in WEIGHT_DTYPES
         ]
-        if wrong or not shapes:
+        if wrong or not found:
             raise ValueError(
                 f"{path} must hold embeddings (<= {tokens}, {width}) by prompt, found: {', '.join(wrong) or 'none'}"
             )
-        self.prompts = tuple(shapes)
+        self.prompts = tuple(found)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Look prompts up: ``(B, tokens, width)``, zeros past each one's length.
 
         Raises:
-            ValueError: a prompt is not in the file; lists those that are.
+            ValueError: a prompt is not in the file (lists those that are), or its embedding holds NaN or Inf.
         """
         known = {clean_prompt(name): name for name in self.prompts}
         rows = []
@@ -230,7 +241,10 @@ class PrecomputedText:
             if text not in known:
                 raise ValueError(f"no embedding of {prompt!r} in {self.path}; it holds: {', '.join(self.prompts)}")
             with safe_open(self.path, framework="pt") as file:
-                rows.append(file.get_tensor(known[text]))
+                row = file.get_tensor(known[text])
+            if not torch.isfinite(row).all():
+                raise ValueError(f"the embedding of {prompt!r} in {self.path} holds NaN or Inf")
+            rows.append(row)
         out = torch.zeros(len(rows), self.tokens, self.width, dtype=rows[0].dtype)
         for i, row in enumerate(rows):
             out[i, : len(row)] = row
@@ -276,11 +290,3 @@ def _write_cached(path: Path, row: Tensor) -> None:
         write_tensors(path, {"embedding": row.contiguous()}, {})
     except OSError as error:
         warnings.warn(f"could not keep the prompt's embedding in {path.parent}: {error}", UserWarning, stacklevel=5)
-
-
-def _ends(path: Path, count: int = 1 << 16) -> bytes:
-    """First and last bytes of a file: enough to tell two encoders apart without reading 11 GB at every start."""
-    with open(path, "rb") as file:
-        head = file.read(count)
-        file.seek(max(0, path.stat().st_size - count))
-        return head + file.read(count)

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from echo_infinity.checkpoints.entries import check_folder_depth
 from echo_infinity.codec import SPACE_STRIDE, TIME_STRIDE, State
 from echo_infinity.extras import library
 
+VAE_DEPTH = ("num_res_blocks", "dim_mult")
 _REPEAT = "Rep"  # diffusers' mark on a temporal step up that has seen one latent
 
 
@@ -134,6 +136,7 @@ class WanVae(nn.Module):
         diffusers = library("diffusers", "the Wan VAE")
         if not (Path(folder) / "config.json").is_file():
             raise ValueError(f"{folder} holds no config.json: not a VAE's folder")
+        check_folder_depth(Path(folder), VAE_DEPTH)
         try:
             vae, report = diffusers.AutoencoderKLWan.from_pretrained(
                 folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True

@@ -35,18 +35,23 @@ def spoilt(tensors):
     return {name: x + 1 for name, x in tensors.items()}
 
 
-def write_official(path, name=ROLLOUT):
-    """A training checkpoint: an average without memory under wrong prefixes; the memory is beside it only."""
-    _, dit, memory = golden_parts(name)
-    generator = prefixed(spoilt(dit)) | prefixed(memory, "model.query_memory_encoder.")
-    tree = {"generator": generator, "generator_ema": wrapped(dit), "critic": prefixed(spoilt(dit)), "step": 7}
-    torch.save(tree, path)
+def write_official(path, name=ROLLOUT, dit=None, averaged=()):
+    """A training checkpoint: an average without memory under wrong prefixes; the memory is beside it.
+
+    ``dit`` stands in for the golden weights; the average has the memory's tensors named in ``averaged``, and beside it
+    they are spoilt.
+    """
+    _, golden, memory = golden_parts(name)
+    dit = golden if dit is None else dit
+    held = {key: x for key, x in memory.items() if key in averaged}
+    generator = prefixed(spoilt(dit)) | prefixed(memory | spoilt(held), "model.query_memory_encoder.")
+    average = wrapped(dit | prefixed(held, "query_memory_encoder."))
+    torch.save({"generator": generator, "generator_ema": average, "critic": prefixed(spoilt(dit)), "step": 7}, path)
     return path
 
 
-def write_lora_pair(base, lora, rank=4, alpha=None, name=ROLLOUT):
-    """A base and a LoRA-and-memory file whose sum is the golden model."""
-    _, dit, memory = golden_parts(name)
+def lora_of(dit, rank=4, alpha=None):
+    """(PEFT's tensors of an update, the weights that it turns into ``dit``)."""
     generator = torch.Generator().manual_seed(1)
     plain, updates = dict(dit), {}
     linears = ("attn.q.", "attn.k.", "attn.v.", "attn.o.", "ffn.0.", "ffn.2.")
@@ -56,6 +61,13 @@ def write_lora_pair(base, lora, rank=4, alpha=None, name=ROLLOUT):
             stem = f"base_model.model.{key.removesuffix('.weight')}"
             updates |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
             plain[key] = w - (1 if alpha is None else alpha / rank) * b @ a
+    return updates, plain
+
+
+def write_lora_pair(base, lora, rank=4, alpha=None, name=ROLLOUT):
+    """A base and a LoRA-and-memory file whose sum is the golden model."""
+    _, dit, memory = golden_parts(name)
+    updates, plain = lora_of(dit, rank, alpha)
     torch.save({"generator": prefixed(plain) | prefixed(spoilt(memory), "model.query_memory_encoder.")}, base)
     torch.save({"generator_lora": updates, "query_memory_encoder": memory}, lora)
     return base, lora

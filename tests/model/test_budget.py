@@ -18,6 +18,7 @@ from echo_infinity.fp8 import Fp8RingKV
 from echo_infinity.memory import MemoryConfig
 from echo_infinity.model import CausalDiT
 from echo_infinity.taehv import TinyConfig, TinyDecoder
+from live import decoding
 from test_packaging import ROOT
 
 WAN = preset("wan2.1-1.3b")
@@ -63,6 +64,21 @@ def test_the_tiny_decoder_is_counted_as_it_is():
     found = items(WAN, Choice(decoder="tiny", decoder_dtype="float32"))
     assert found["decoder"] == nbytes(decoder.state_dict().values())
     assert found["decoder's state, old and new"] == 2 * nbytes(state.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_tiny_decoder_takes_no_more_than_the_plan_says(dtype):
+    with torch.device("meta"):
+        decoder = TinyDecoder(TinyConfig()).to(dtype).requires_grad_(False)
+    assert_planned(decoder, "tiny", dtype)
+
+
+def assert_planned(codec, name, dtype):
+    """The plan covers what decoding a block at the official size keeps alive, and not much more than that."""
+    found = items(WAN, Choice(decoder=name, decoder_dtype=str(dtype).removeprefix("torch.")))
+    planned = found["decoder's state, old and new"] + found["decoder's work"]
+    taken = decoding(codec, WAN.model.latent_channels, WAN.latent_rows, WAN.latent_columns)
+    assert taken <= planned <= 1.6 * taken, f"takes {taken / GIB:.2f} GiB, planned {planned / GIB:.2f}"
 
 
 @pytest.mark.parametrize("size", ["12GB", "24GB", "40GB", "80GB"])
@@ -133,6 +149,21 @@ def test_every_option_of_a_plan_exists_in_generate():
         assert args.dtype == "bfloat16"
 
 
+def full_geometry(*words):
+    """What bench/full_geometry.py reports."""
+    command = [sys.executable, str(ROOT / "bench/full_geometry.py"), *map(str, words)]
+    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert report["finite"]
+    return report
+
+
+@pytest.mark.gpu
+def test_the_official_model_fits_12_gb_of_a_gpu_with_its_text_elsewhere():
+    report = full_geometry("--device", "cuda", "--decoder", "tiny")
+    assert report["measured_mib"] <= report["planned_mib"]
+    assert report["measured_mib"] <= 12 << 10
+
+
 def test_a_process_takes_what_the_plan_says(tmp_path):
     """A middle-sized geometry; bench/full_geometry.py does the same at the official one."""
     config = EchoConfig(
@@ -146,8 +177,6 @@ def test_a_process_takes_what_the_plan_says(tmp_path):
         sampler=SamplerConfig(steps=(1000,)),
     )
     (tmp_path / "config.json").write_text(config.to_json())
-    command = [sys.executable, str(ROOT / "bench/full_geometry.py"), "--config", str(tmp_path / "config.json")]
-    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert report["finite"]
+    report = full_geometry("--config", tmp_path / "config.json")
     assert report["planned_mib"] > 600, "most of it must be the model's, or this shows nothing"
     assert abs(report["measured_over_planned"] - 1) <= 0.15, report

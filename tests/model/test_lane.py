@@ -1,13 +1,16 @@
 """Decoding beside the next block: nothing to order on the CPU, the same pixels on a GPU."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from echo_infinity.lane import Lane
 from echo_infinity.pipeline import EchoPipeline
+from echo_infinity.record import Recorder
+from echo_infinity.video import NullWriter
 from numerics import assert_same_bits
-from small import CIRCLE, save_small
+from small import CIRCLE, save_small, small_pipe
 
 
 def recorded(stream, blocks):
@@ -28,6 +31,25 @@ def test_pixels_are_those_of_decoding_in_turn(tmp_path, device):
     in_turn = pipe.stream(CIRCLE)
     expected = [next(in_turn) for _ in range(12)]
     assert_same_bits(recorded(pipe.stream(CIRCLE), 12), expected)
+
+
+def test_a_recording_decodes_a_block_while_it_generates_the_next(monkeypatch):
+    stream, waited = small_pipe().stream(CIRCLE), []
+    generate, decode, begun = stream.next_latents, stream.decode, [threading.Event() for _ in range(5)]
+
+    def generating():
+        begun[stream.block].set()
+        return generate()
+
+    def decoding(latents):
+        after = begun[len(waited) + 1 :][:1]  # nothing comes after the last block
+        waited.append(all(event.wait(timeout=30) for event in after))
+        return decode(latents)
+
+    monkeypatch.setattr(stream, "next_latents", generating)
+    monkeypatch.setattr(stream, "decode", decoding)
+    assert Recorder(stream, NullWriter(), target=57).run()
+    assert waited == [True] * 5
 
 
 def test_the_cpu_has_one_lane():

@@ -8,6 +8,8 @@ from echo_infinity.finite import NonFiniteError
 from echo_infinity.noise import counter_noise
 from echo_infinity.pipeline import EchoPipeline
 from echo_infinity.stream import AutosaveWarning
+from echo_infinity.weights import load_checkpoint
+from elsewhere import stream_elsewhere
 from numerics import assert_same_bits
 from small import CIRCLE, SQUARE, save_small, small_pipe
 
@@ -259,3 +261,9 @@ def test_a_model_without_memory_streams_without_and_refuses_to_pretend():
     assert len(next(pipe.stream(CIRCLE))) == 9
     with pytest.raises(ValueError, match="memory is 'on' but the model small has none"):
         pipe.stream(CIRCLE, memory="on")
+
+
+@pytest.mark.parametrize("options", [{}, {"kv": "fp8"}, {"weights": "fp8"}])
+def test_the_model_may_be_on_another_device_than_its_text_encoder(tmp_path, options):
+    checkpoint = load_checkpoint(save_small(tmp_path / "model"))
+    assert stream_elsewhere(checkpoint, [CIRCLE, SQUARE], **options) == {"meta"}

@@ -130,13 +130,22 @@ def test_noise_is_refused_where_the_seed_decides(path):
         small_pipe().resume(path, noise=counter_noise(4))
 
 
-def test_blocks_that_wait_for_the_decoder_block_the_save(path):
+@pytest.mark.parametrize("waiting", [1, 2])
+@pytest.mark.parametrize("decoded", [0, 5])
+def test_blocks_that_wait_for_the_decoder_are_saved_and_come_first(path, decoded, waiting):
+    expected = take(small_pipe().stream(CIRCLE), decoded + waiting + 2)[decoded:]
     stream = small_pipe().stream(CIRCLE)
-    latents = stream.next_latents()
-    with pytest.raises(ValueError, match="1 blocks wait to be decoded"):
-        stream.save(path)
-    stream.decode(latents)
+    take(stream, decoded)
+    latents = [stream.next_latents() for _ in range(waiting)]
+    assert_same_bits(stream.waiting, latents)
     stream.save(path)
+    blocks = []
+    for other in (stream, stream.fork(), small_pipe().resume(path, callback=lambda s, i, x: blocks.append(i))):
+        assert_same_bits(take(other, waiting + 2), expected)
+        assert not other.waiting
+    assert blocks == list(range(decoded, decoded + waiting + 2))
+    again = small_pipe().resume(path, output_type="latents")
+    assert_same_bits(take(again, waiting), latents)
 
 
 def test_the_videos_position_and_its_unwritten_frames_come_back(path):

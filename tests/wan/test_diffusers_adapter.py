@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from echo_infinity.adapters.diffusers import attach
+from echo_infinity.finite import NoWatch
 from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.noise import counter_noise
 from echo_infinity.sampler import BlockSampler, Generator
@@ -80,6 +82,29 @@ def test_an_attached_model_streams_as_ours_with_its_weights(with_memory):
         sampler.switch(attached.text(other))
         for expected, actual in zip(take(reference, 3), take(sampler, 3), strict=True):
             assert_library_equal(actual, expected)
+
+
+@torch.no_grad()
+def test_a_model_loaded_in_bfloat16_streams_and_comes_back(tmp_path):
+    transformer().save_pretrained(tmp_path)
+    model = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
+    assert {x.dtype for x in model.parameters()} == {torch.bfloat16, torch.float32}  # diffusers keeps norms wide
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with attach(model, SIZE, memory=memory_of(model).bfloat16(), text_tokens=12) as attached:
+        sampler = attached.stream(prompt())
+        assert all(torch.isfinite(x).all() for x in take(sampler, 7))
+        assert {x.dtype for x in sampler.cache.tensors().values()} == {torch.bfloat16}
+        assert sampler.memory.writes == 3
+    assert_same_bits(dict(model.state_dict()), before)
+
+
+@torch.no_grad()
+def test_embeddings_may_be_on_another_device_than_the_model():
+    model = transformer().to("meta")  # stands in for a GPU
+    with attach(model, SIZE, memory=memory_of(model).to("meta"), text_tokens=12) as attached:
+        sampler = attached.stream(prompt())
+        sampler.finite = NoWatch()  # there are no numbers to look at
+        assert {x.device.type for x in take(sampler, 7)} == {"meta"}
 
 
 @torch.no_grad()

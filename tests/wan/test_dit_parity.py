@@ -62,13 +62,14 @@ def test_a_clip_of_another_size_is_refused():
         bidirectional_flow(ours(theirs, config), config, x[..., :10], t[:, None], [])
 
 
+@pytest.mark.parametrize("source", ["pipe/transformer", "pipe"])
 @torch.no_grad()
-def test_a_diffusers_folder_converts(tmp_path):
+def test_a_diffusers_folder_converts(tmp_path, source):
     theirs = transformer()
     config = config_of(theirs)
-    theirs.save_pretrained(tmp_path / "transformer", max_shard_size="20KB")
-    assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.json").exists()
-    convert(Sources([tmp_path / "transformer"]), tmp_path / "model", config)
+    theirs.save_pretrained(tmp_path / "pipe" / "transformer", max_shard_size="20KB")
+    assert (tmp_path / "pipe" / "transformer" / "diffusion_pytorch_model.safetensors.index.json").exists()
+    convert(Sources([tmp_path / source]), tmp_path / "model", config)
     mine = load_checkpoint(tmp_path / "model").model
     x, t, text = inputs(config, 3, tokens=12)
     expected = theirs(x.transpose(1, 2), t, text).sample.transpose(1, 2)

@@ -7,8 +7,11 @@ import sys
 import pytest
 import torch
 from echo_infinity import cli
+from echo_infinity.parts import PartOptions
 from echo_infinity.pipeline import EchoPipeline
 from echo_infinity.state import read_state
+from echo_infinity.weights import load_checkpoint
+from elsewhere import stream_elsewhere
 from folder import OTHER, PROMPT, convert_all, write_sources
 from numerics import assert_same_bits
 from running import frames_of, hashes_of
@@ -92,6 +95,26 @@ def test_where_the_encoder_is_kept_changes_no_bit(model, keep):
     assert_same_bits(take(stream, 2), expected)
     stream.switch(OTHER)
     assert not torch.equal(next(stream), next(pipe.stream(PROMPT)))
+
+
+@pytest.mark.parametrize("decoder", ["wan", "tiny"])
+@pytest.mark.parametrize("source", ["encoder", "file"])
+def test_the_model_may_be_on_another_device_than_its_text(model, tmp_path, decoder, source):
+    path = tmp_path / "prompts.safetensors"
+    assert cli.main(["embed", PROMPT, OTHER, "--model", str(model), "-o", str(path)]) == 0
+    parts = PartOptions(text=path if source == "file" else None, text_device="cpu", decoder=decoder)
+    assert stream_elsewhere(load_checkpoint(model, parts=parts), [PROMPT, OTHER]) == {"meta"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep", ["loaded", "cpu", "freed"])
+def test_a_gpu_shows_the_same_wherever_prompts_are_encoded(model, keep):
+    pipes = [
+        EchoPipeline.from_pretrained(model, device="cuda", text_cache="", text_keep=keep, text_device=device)
+        for device in ("cuda", "cpu")
+    ]
+    for ours, theirs in zip(*(take(pipe.stream(PROMPT), 3) for pipe in pipes), strict=True):
+        assert (ours.int() - theirs.int()).abs().max() <= 1  # pixels round
 
 
 def test_precomputed_embeddings_give_the_same_stream_without_an_encoder(model, tmp_path):

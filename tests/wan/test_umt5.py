@@ -1,14 +1,19 @@
 """The UMT5 text encoder: transformers' numbers, zeros past the length, encoded once, freed and replaced."""
 
+import gc
+import json
 import sys
+import weakref
 
 import pytest
 import torch
 from echo_infinity.checkpoints.parts import write_text
+from echo_infinity.config import preset
 from echo_infinity.extras import MissingExtraError
 from echo_infinity.umt5 import LongPromptWarning, PrecomputedText, Umt5Text, clean_prompt
 from numerics import assert_library_equal, assert_same_bits
 from safetensors.torch import load_file, save_file
+from test_hostile_files import Trap
 from transformers import AutoTokenizer, UMT5EncoderModel
 from umt5_files import WIDTH, encoder, original_names, plain_encoder, write_folder, write_original, write_tokenizer
 
@@ -58,7 +63,8 @@ def test_original_names_cover_the_encoder(tmp_path):
 def test_folders_convert(tmp_path, folder, layout):
     source = folder
     if layout == "diffusers":
-        encoder().save_pretrained(tmp_path / "pipe" / "text_encoder")
+        encoder().save_pretrained(tmp_path / "pipe" / "text_encoder", max_shard_size="5KB")
+        assert (tmp_path / "pipe" / "text_encoder" / "model.safetensors.index.json").exists()
         write_tokenizer(tmp_path / "pipe" / "tokenizer")
         source = tmp_path / "pipe"
     write_text(source, None, tmp_path / "out", torch.float32)
@@ -119,6 +125,16 @@ def test_another_prompt_encoder_or_dtype_has_its_own_entry(tmp_path, folder):
     assert len(list(cache.iterdir())) == 4
 
 
+def test_an_encoder_that_differs_in_one_number_has_its_own_entry(tmp_path, folder):
+    cache, path = tmp_path / "cache", folder / "model.safetensors"
+    first = text_of(folder, cache=cache).encode([PROMPT])
+    weights = load_file(path)
+    weights["encoder.block.1.layer.1.DenseReluDense.wo.weight"][3, 5] += 1
+    save_file(weights, path, metadata={"format": "pt"})
+    assert not torch.equal(text_of(folder, cache=cache).encode([PROMPT]), first)
+    assert len(list(cache.iterdir())) == 2
+
+
 def test_a_broken_cache_entry_is_computed_again(tmp_path, folder):
     cache = tmp_path / "cache"
     first = text_of(folder, cache=cache).encode([PROMPT])
@@ -134,14 +150,27 @@ def test_a_cache_that_cannot_be_written_warns_and_goes_on(tmp_path, folder):
         text_of(folder, cache=tmp_path / "file").encode([PROMPT])
 
 
-@pytest.mark.parametrize(("keep", "loaded"), [("loaded", True), ("cpu", True), ("freed", False)])
-def test_the_encoder_stays_moves_or_goes(folder, keep, loaded):
-    text = text_of(folder, keep=keep)
+@pytest.mark.parametrize(("keep", "moves"), [("loaded", []), ("cpu", ["cpu"]), ("freed", [])])
+def test_the_encoder_stays_moves_or_goes(folder, monkeypatch, keep, moves):
+    text, moved = text_of(folder, keep=keep), []
+    plain = UMT5EncoderModel.to
+    monkeypatch.setattr(UMT5EncoderModel, "to", lambda self, device: moved.append(str(device)) or plain(self, device))
+    text.device = torch.device("cpu", 0)  # told apart from main memory by its number alone
+    weights = weakref.ref(text._load().shared.weight)
     first = text.encode([PROMPT])
-    assert text.loaded == loaded
+    assert moved == ["cpu:0", *moves]
+    gc.collect()
+    assert text.loaded == (weights() is not None) == (keep != "freed")
     assert_same_bits(text.encode([PROMPT]), first)
     text.free()
+    gc.collect()
     assert not text.loaded
+    assert weights() is None
+
+
+def test_the_official_model_reads_512_tokens():
+    model = preset("wan2.1-1.3b").model
+    assert (model.text_tokens, model.text_width) == (512, 4096)
 
 
 def test_a_long_prompt_is_cut_with_a_warning_and_keeps_its_end_token(folder):
@@ -178,6 +207,73 @@ def test_precomputed_embeddings_replace_the_encoder(tmp_path, folder):
     assert_same_bits(text.encode([f" {PROMPT} "]), whole)
     with pytest.raises(ValueError, match=r"no embedding of 'unknown' in .*; it holds: "):
         text.encode(["unknown"])
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-8]), "is corrupt or truncated"),
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: save_file({PROMPT: torch.zeros(3, WIDTH, dtype=torch.int64)}, path), "found: '.*' I64"),
+        (
+            lambda path: save_file({PROMPT: torch.full((3, WIDTH), torch.nan)}, path),
+            "the embedding of '.*' in .* holds NaN or Inf",
+        ),
+    ],
+)
+def test_precomputed_embeddings_that_are_broken_are_refused(tmp_path, break_it, message):
+    path = tmp_path / "text.safetensors"
+    save_file({PROMPT: torch.zeros(3, WIDTH)}, path)
+    break_it(path)
+    with pytest.raises(ValueError, match=message):
+        PrecomputedText(path, TOKENS, WIDTH).encode([PROMPT])
+
+
+@pytest.mark.parametrize("depth", [10**9, -1, "many", 1.5])
+def test_a_configuration_of_absurd_depth_is_refused_before_it_is_built(tmp_path, folder, depth):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"num_layers": depth}))
+    for attempt in (
+        lambda: text_of(folder).encode([PROMPT]),
+        lambda: write_text(folder, None, tmp_path / "out", torch.float32),
+    ):
+        with pytest.raises(ValueError, match=rf"has num_layers {depth!r}, the weights \d+ tensors"):
+            attempt()
+
+
+def test_a_truncated_encoder_is_refused(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is corrupt or truncated"):
+        text_of(folder).encode([PROMPT])
+
+
+def test_an_encoder_of_other_shapes_is_refused(folder):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"d_ff": 10}))
+    with pytest.raises(ValueError, match=r"can't be read as a UMT5 encoder|doesn't fit its configuration"):
+        text_of(folder).encode([PROMPT])
+
+
+def test_an_encoder_in_a_pickle_is_not_opened(tmp_path, folder):
+    (folder / "model.safetensors").unlink()
+    torch.save(Trap(tmp_path / "ran"), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"must hold one \.safetensors file"):
+        text_of(folder).encode([PROMPT])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_that_a_folder_brings_along_does_not_run(tmp_path, folder, file):
+    (folder / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nclass Own: pass\n")
+    settings = json.loads((folder / file).read_text())
+    names = {"AutoConfig": "own.Own", "AutoModel": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
+    (folder / file).write_text(json.dumps(settings | {"auto_map": names}))
+    try:
+        text_of(folder).encode([PROMPT])
+    except ValueError as error:
+        assert "trust_remote_code" in str(error)  # noqa: PT017  refused or read without the code: both are safe
+    assert not (tmp_path / "ran").exists()
 
 
 def test_saved_embeddings_are_those_of_the_encoder(tmp_path, folder):

@@ -6,11 +6,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from echo_infinity.checkpoints import parts
 from echo_infinity.checkpoints.names import wan_vae
 from echo_infinity.checkpoints.parts import write_decoder
 from echo_infinity.wanvae import WanVae
 from numerics import assert_same_bits
 from safetensors.torch import load_file, save_file
+from test_hostile_files import Trap
 from wan import vae
 
 CUTS = [[7], [3, 3, 1], [1] * 7, [2, 5], [1, 6]]
@@ -141,6 +143,26 @@ def test_original_names_map_as_diffusers_maps_them():
     assert {rename(name): float(x) for name, x in marked.items()} == expected
 
 
+def test_the_original_file_converts(tmp_path, monkeypatch):
+    named = originals()
+    marked = {name: torch.tensor(float(i)).expand(x.shape) for i, (name, x) in enumerate(named.items())}
+    torch.save(marked, tmp_path / "Wan2.1_VAE.pth")
+    written = {}
+    monkeypatch.setattr(parts, "write_shards", lambda folder, stem, entries, **_: written.update(entries))
+    write_decoder(tmp_path / "Wan2.1_VAE.pth", tmp_path / "vae")
+    expected = convert_wan_vae_to_diffusers(dict(marked))
+    assert written.keys() == expected.keys()
+    for name, entry in written.items():
+        assert (entry.shape, entry.dtype) == (tuple(expected[name].shape), torch.float32)
+        assert entry.read().flatten()[0] == expected[name].flatten()[0]
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    assert (config["z_dim"], config["base_dim"]) == (16, 96)
+    del marked["conv2.bias"]
+    torch.save(marked, tmp_path / "Wan2.1_VAE.pth")
+    with pytest.raises(ValueError, match=r"missing post_quant_conv\.bias"):
+        write_decoder(tmp_path / "Wan2.1_VAE.pth", tmp_path / "other")
+
+
 @pytest.mark.parametrize("layout", ["folder", "pipeline"])
 @torch.no_grad()
 def test_diffusers_folders_convert_and_load(tmp_path, layout):
@@ -167,8 +189,8 @@ def test_a_vae_that_does_not_fit_is_refused_with_every_name(tmp_path):
     ("change", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), r"holds no config\.json"),
-        (lambda folder: (folder / "diffusion_pytorch_model.safetensors").unlink(), "can't be read as a Wan VAE"),
-        (lambda folder: cut(folder / "diffusion_pytorch_model.safetensors"), "vae"),
+        (lambda folder: (folder / "diffusion_pytorch_model.safetensors").unlink(), r"must hold one \.safetensors file"),
+        (lambda folder: cut(folder / "diffusion_pytorch_model.safetensors"), "is corrupt or truncated"),
     ],
 )
 def test_a_broken_folder_is_refused(tmp_path, change, message):
@@ -176,6 +198,32 @@ def test_a_broken_folder_is_refused(tmp_path, change, message):
     change(tmp_path / "vae")
     with pytest.raises(ValueError, match=message):
         WanVae.load(tmp_path / "vae")
+
+
+@pytest.mark.parametrize("change", [{"num_res_blocks": 10**9}, {"dim_mult": [1] * 10**4}])
+def test_a_configuration_of_absurd_depth_is_refused_before_it_is_built(tmp_path, change):
+    vae().save_pretrained(tmp_path / "vae")
+    path = tmp_path / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for attempt in (
+        lambda: WanVae.load(tmp_path / "vae"),
+        lambda: write_decoder(tmp_path / "vae", tmp_path / "out"),
+    ):
+        with pytest.raises(ValueError, match=rf"has {next(iter(change))} 10+, the weights \d+ tensors"):
+            attempt()
+
+
+def test_a_vae_in_a_pickle_is_not_opened(tmp_path):
+    vae().save_pretrained(tmp_path / "vae")
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(Trap(tmp_path / "ran"), tmp_path / "vae" / "diffusion_pytorch_model.bin")
+    for attempt in (
+        lambda: WanVae.load(tmp_path / "vae"),
+        lambda: write_decoder(tmp_path / "vae", tmp_path / "out"),
+    ):
+        with pytest.raises(ValueError, match=r"must hold one \.safetensors file"):
+            attempt()
+    assert not (tmp_path / "ran").exists()
 
 
 def cut(path):

@@ -88,19 +88,19 @@ class Attached:
         self.transformer, self.config = transformer, config
         self._before: dict[str, Any] | None = dict(transformer.attn_processors)
         self._now = _Now()
+        stand_in: Any = _StandIn(transformer, self._now, config.model.text_tokens)
+        self.generator = Generator(config, stand_in, memory)
         mine = {
             name: _Processor(self._now, int(name.split(".")[1])) if name.endswith("attn1.processor") else processor
             for name, processor in self._before.items()
         }
-        transformer.set_attn_processor(mine)
-        stand_in: Any = _StandIn(transformer, self._now, config.model.text_tokens)
-        self.generator = Generator(config, stand_in, memory)
+        transformer.set_attn_processor(mine)  # last: whatever is refused before changes nothing
 
     def stream(self, embeddings: Tensor, *, seed: int = 0, noise: Noise | None = None) -> BlockSampler:
         """Start a stream of latent blocks; any number may run on one model.
 
         Args:
-            embeddings: ``(B, n, text_dim)`` of the prompt, ``n <= text_tokens``.
+            embeddings: ``(B, n, text_dim)`` of the prompt, ``n <= text_tokens``, on any device.
             seed: of the noise.
             noise: the caller's own instead, see :mod:`echo_infinity.noise`.
 
@@ -128,7 +128,7 @@ class Attached:
             raise ValueError(
                 f"embeddings must be (B, <= {m.text_tokens}, {m.text_width}), got {tuple(embeddings.shape)}"
             )
-        return nnf.pad(embeddings, (0, 0, 0, m.text_tokens - embeddings.shape[1]))
+        return nnf.pad(embeddings.to(self.generator.device), (0, 0, 0, m.text_tokens - embeddings.shape[1]))
 
     def detach(self) -> None:
         """Give the model back exactly as it was; its streams can't go on."""

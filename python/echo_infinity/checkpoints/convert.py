@@ -135,7 +135,8 @@ def gather(weights: Sequence[Path], *, ema: bool = True, lora_alpha: float | Non
     memories: list[tuple[Path, Entries]] = []
     loras: list[tuple[Path, Entries]] = []
     for path in weights:
-        sections = open_weights(path)
+        whole = (path / "transformer").is_dir()  # a pipeline of diffusers
+        sections = open_weights(path / "transformer" if whole else path)
         names = {
             name: rename(x, official, f"{path}: {name}") for name, x in sections.items() if name in ("", *SECTIONS)
         }

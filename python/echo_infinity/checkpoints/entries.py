@@ -132,6 +132,46 @@ def check_entries(entries: Mapping[str, Entry], expected: Mapping[str, tuple[int
         raise ValueError(f"{source} doesn't fit its configuration:\n  " + "\n  ".join(sorted(problems)))
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a configuration of a library, without what the library notes there for itself.
+
+    Raises:
+        ValueError: missing, no JSON, or no object.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}, expected an object")
+    return {str(name): value for name, value in data.items() if not str(name).startswith("_")}
+
+
+def check_depth(settings: Mapping[str, Any], names: Iterable[str], tensors: int, source: str) -> None:
+    """Refuse a configuration whose counts exceed the tensors there are, before a model of that depth is built.
+
+    Args:
+        settings: as the file has them.
+        names: of settings that count layers or blocks, or list them.
+        tensors: how many the weights have.
+        source: for messages.
+
+    Raises:
+        ValueError: a count is larger, negative or no whole number.
+    """
+    for name in names:
+        count = settings.get(name, 0)
+        count = len(count) if isinstance(count, list) else count
+        if not isinstance(count, int) or not 0 <= count <= tensors:
+            raise ValueError(f"{source} has {name} {count!r}, the weights {tensors} tensors")
+
+
+def check_folder_depth(folder: Path, names: Iterable[str]) -> None:
+    """:func:`check_depth` for a folder with ``config.json`` and its weights."""
+    tensors = sum(map(len, open_weights(folder).values()))
+    check_depth(read_settings(folder / "config.json"), names, tensors, str(folder))
+
+
 def _weights_in(folder: Path) -> Path:
     found = sorted(p for p in folder.iterdir() if p.name.endswith((".safetensors" + INDEX_SUFFIX, ".safetensors")))
     indices = [p for p in found if p.name.endswith(INDEX_SUFFIX)]

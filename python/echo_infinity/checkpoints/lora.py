@@ -73,7 +73,7 @@ def _merged(target: Entry, a: Entry, b: Entry, alpha: float | None) -> Entry:
     scale = 1.0 if alpha is None else alpha / a.shape[0]
 
     def read() -> Tensor:
-        update = b.read().float() @ a.read().float()
-        return target.read().float() + scale * update
+        weight = target.read().to(torch.float32, copy=True)  # the only one of its size beside the file's own
+        return weight.addmm_(b.read().float(), a.read().float(), alpha=scale)
 
     return replace(target, dtype=torch.float32, read=read, where=f"{target.where} with LoRA").to(target.dtype)

@@ -40,7 +40,7 @@ _VAE_RESIDUAL = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "no
 def official(name: str) -> str:
     """The DiT's or memory's official name without ``model.``: wrappers, PEFT's and diffusers' names undone."""
     name = _WRAPPERS.sub("", name)
-    name = re.sub(r"^(?:base_model\.)?(?:generator\.)?(?:model\.|transformer\.)*", "", name)
+    name = re.sub(r"^(?:(?:base_model|generator|model|transformer)\.)+", "", name)
     name = name.replace(".base_layer.", ".")  # PEFT's name for a weight that has an update beside it
     for pattern, new in _DIFFUSERS:
         name = re.sub(pattern, new, name)

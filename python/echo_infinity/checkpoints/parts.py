@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from echo_infinity.checkpoints.entries import Entries, check_entries, open_weights
+from echo_infinity.checkpoints.entries import Entries, check_depth, check_entries, open_weights, read_settings
 from echo_infinity.checkpoints.names import rename, umt5, wan_vae
 from echo_infinity.checkpoints.shards import Progress, write_shards
 from echo_infinity.extras import library
 from echo_infinity.taehv import decoder_only, tiny_shapes
-from echo_infinity.umt5 import TOKENIZER_FILES
+from echo_infinity.umt5 import TEXT_DEPTH, TOKENIZER_FILES
+from echo_infinity.wanvae import VAE_DEPTH
 
 _TIED = "encoder.embed_tokens.weight"
 _VAE_STEM = "diffusion_pytorch_model"
@@ -43,9 +44,10 @@ def write_text(
         source = source / "text_encoder"
     entries = rename(_only_section(source), umt5, str(source))
     entries.pop(_TIED, None)
-    settings = _read_json(source / "config.json") if source.is_dir() else _umt5_settings(entries, source)
+    settings = read_settings(source / "config.json") if source.is_dir() else _umt5_settings(entries, source)
     if settings.get("model_type") != "umt5":
         raise ValueError(f"{source} is a {settings.get('model_type')!r} and no 'umt5' encoder")
+    check_depth(settings, TEXT_DEPTH, len(entries), str(source))
     with torch.device("meta"):
         model = transformers.UMT5EncoderModel(transformers.UMT5Config(**settings))
     expected = {name: tuple(x.shape) for name, x in model.state_dict().items() if name != _TIED}
@@ -74,10 +76,11 @@ def write_decoder(source: Path, folder: Path, progress: Progress | None = None) 
     diffusers = library("diffusers", "the Wan VAE")
     if (source / "vae").is_dir():
         source = source / "vae"
-    settings = _read_json(source / "config.json") if source.is_dir() else {}
+    settings = read_settings(source / "config.json") if source.is_dir() else {}
+    entries = _only_section(source)
+    check_depth(settings, VAE_DEPTH, len(entries), str(source))
     with torch.device("meta"):
         vae = diffusers.AutoencoderKLWan.from_config(settings)
-    entries = _only_section(source)
     if not source.is_dir():
         by = wan_vae(len(vae.config.dim_mult), vae.config.num_res_blocks)
         entries = rename(entries, by, str(source))
@@ -110,16 +113,6 @@ def _only_section(source: Path) -> Entries:
     if len(sections) != 1:
         raise ValueError(f"{source} holds the sections {', '.join(map(repr, sections)) or 'none'}, expected one")
     return next(iter(sections.values()))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}, expected an object")
-    return {str(name): value for name, value in data.items() if not str(name).startswith("_")}
 
 
 def _umt5_settings(entries: Entries, source: Path) -> dict[str, Any]:

@@ -52,11 +52,12 @@ def run(args: argparse.Namespace) -> int:
             saved.clear()
             _leave_signals_to_the_first()
         return lead(pipe, lambda: _generate(args, _open(args, pipe, saved))) or 0
-    except _REFUSALS as error:
+    except (*_REFUSALS, torch.OutOfMemoryError) as error:
+        reason = f"{_no_room(error)}; {_LOWER}" if isinstance(error, torch.OutOfMemoryError) else str(error)
         if ranks.rank:
-            _say(f"process {ranks.rank}: {error}")
+            _say(f"process {ranks.rank}: {reason}")
             return 2
-        raise UserError(str(error)) from error
+        raise UserError(reason) from error
     finally:
         leave_ranks()
 
@@ -96,7 +97,7 @@ def _generate(args: argparse.Namespace, request: Request) -> int:
         except (NonFiniteError, ProcessesError, VideoWriteError, ValueError, OSError) as error:
             return _failed(args, recorders, error)
         except torch.OutOfMemoryError as error:
-            code = _failed(args, recorders, RuntimeError(f"out of memory: {str(error).splitlines()[0]}"))
+            code = _failed(args, recorders, RuntimeError(_no_room(error)))
             _say(_LOWER if batch is None else f"{_LOWER}; or ask for fewer streams at once")
             return code
         if not done:
@@ -115,6 +116,10 @@ def _generate(args: argparse.Namespace, request: Request) -> int:
             f"generated in {seconds:.1f} s, {speed:.1f} x real time"
         )
     return 0
+
+
+def _no_room(error: torch.OutOfMemoryError) -> str:
+    return f"out of memory: {str(error).splitlines()[0]}"
 
 
 def _interrupted(args: argparse.Namespace, recorders: Sequence[Recorder]) -> int:
