@@ -131,6 +131,20 @@ def test_the_command_says_what_fits(capsys, words, code, line):
     assert line in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [[], ["--decoder", "none"], ["--preset", "tiny"], ["--text", "cpu", "--kv", "fp8"]])
+def test_where_nothing_fits_the_least_of_the_choices_is_shown(words):
+    args = argparse.ArgumentParser()
+    plan.add_arguments(args)
+    lines, fits = plan.plan(args.parse_args([*words, "--gpu", "0.1GB"]))
+    given = args.parse_args(words)
+    config = preset(given.preset)
+    text, decoder = ("file", "own") if given.preset == "tiny" else (given.text, given.decoder or "wan")
+    sums = [sum(items(config, x).values()) for x in choices(Choice(text=text, decoder=decoder, kv=given.kv))]
+    assert not fits
+    assert lines[-2].split() == ["together", f"{min(sums) / GIB:.3f}", "GiB"]
+    assert lines[-1].startswith("does not fit 0.1GB")
+
+
 @pytest.mark.parametrize("words", [["--size", "100x100"], ["--size", "wide"], ["--gpu", "big"], ["--streams", "0"]])
 def test_plans_that_make_no_sense_are_refused(words):
     assert cli.main(["plan", *words]) == 2

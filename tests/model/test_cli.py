@@ -16,6 +16,7 @@ from echo_infinity import cli
 from echo_infinity.pipeline import EchoPipeline
 from echo_infinity.record import append_line
 from echo_infinity.state import read_state
+from echo_infinity.stream import Stream
 from running import frames_of, hashes_of
 from small import CIRCLE, SQUARE
 
@@ -209,6 +210,32 @@ def test_nan_ends_the_run_and_keeps_the_last_good_state(echo, monkeypatch):
     monkeypatch.setattr(stream, "counter_noise", noise.counter_noise)
     assert echo("--resume", "out.state.safetensors")[0] == 0
     assert frames_of("out.mp4") == list(range(100))
+
+
+@pytest.mark.parametrize("place", ["generating", "decoding"])
+def test_a_value_error_in_mid_run_leaves_a_playable_video_and_a_stream_that_goes_on(echo, folder, monkeypatch, place):
+    plain, calls = Stream.next_latents if place == "generating" else Stream.decode, [0]
+
+    def broken(self, *args):
+        calls[0] += 1
+        if calls[0] == 4:
+            raise ValueError("no such shape")
+        return plain(self, *args)
+
+    assert echo(CIRCLE, "--frames", 69, "--no-video", "--raw-hashes", "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, plain.__name__, broken)
+        code, _, err = echo(CIRCLE, "--frames", 69, "-o", "out.mp4", "--raw-hashes", "halves", "--autosave", 0)
+    assert code == 1
+    assert "error: no such shape\n" in err
+    written = frames_of(folder / "out.mp4")
+    assert written == list(range(len(written)))
+    assert f"the video so far is playable: {folder / 'out.mp4'}, {len(written)} frames" in err
+    kept = "the stream is saved; go on with:" if place == "generating" else "the last good state is kept; go on from it"
+    assert kept in err
+    assert echo("--resume", "out.state.safetensors", "--raw-hashes", "halves")[0] == 0
+    assert hashes_of(folder / "halves") == hashes_of(folder / "whole")
+    assert frames_of(folder / "out.mp4") == list(range(69))
 
 
 def test_unknown_words_are_a_warning_line(echo):

@@ -291,6 +291,17 @@ def test_what_a_killed_run_left_is_cleared(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "model"]
 
 
+def test_an_old_folder_that_a_killed_run_left_beside_the_new_one_is_cleared(tmp_path):
+    config, dit, _ = golden_parts()
+    torch.save({"generator": prefixed(dit)}, tmp_path / "a.pt")
+    for name in ("model", ".model.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    convert(Sources([tmp_path / "a.pt"]), tmp_path / "model", config, Settings(overwrite=True))
+    assert_same_bits(loaded(tmp_path / "model"), in_order(dit))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "model"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,15 +1,19 @@
 """Eight-bit weights and cache: what rounding allows, the same stream from it, and states that fit."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
-from echo_infinity.cache import RingKV
-from echo_infinity.fp8 import Fp8Linear, Fp8RingKV, narrow, narrow_weights, widen
+from echo_infinity.cache import Geometry, RingKV
+from echo_infinity.config import WindowConfig
+from echo_infinity.fp8 import MODES, Fp8Linear, Fp8RingKV, narrow, narrow_weights, widen
 from echo_infinity.noise import counter_noise
 from echo_infinity.pipeline import EchoPipeline
+from echo_infinity.policies import make_generator
 from echo_infinity.sampler import BlockSampler, Generator
 from echo_infinity.state import ResumeWarning
+from echo_infinity.weights import Checkpoint, load_checkpoint
 from micro import golden_noise, load, micro_generator
 from numerics import assert_fp8_close, assert_same_bits
 from small import CIRCLE, save_small
@@ -62,6 +66,43 @@ def test_the_ring_holds_its_layers_but_the_last_in_eight_bits():
     assert narrowed["k.0.codes"].nbytes * 4 == full["k.0"].nbytes
 
 
+def test_frames_are_stored_as_one_by_one_where_a_block_wraps_in_the_ring():
+    config = micro_generator(load("rollout_nomem")[0]).config
+    config = replace(config, window=WindowConfig(sink_frames=1, window_frames=9))  # 8 ring slots, blocks of 3
+    ring, geometry, t, wraps = Fp8RingKV(config), Geometry(config), config.tokens_per_frame, 0
+    for start in range(0, 30, 3):
+        call = geometry.call(start, 3)
+        wraps += call.slots.write[-1] < call.slots.write[0]
+        expected = {name: x.clone() for name, x in ring.tensors().items()}
+        ring.attend(0, *torch.randn(3, 1, 3 * t, 3, 16), (None, None), call, None)
+        for kind, full in (("k", ring.k[0]), ("v", ring.v[0])):  # as the layer was attended to
+            for slot in call.slots.write:
+                own = slice(slot * t, (slot + 1) * t)
+                codes, scales = narrow(full[:, own])
+                expected[f"{kind}.0.codes"][:, own], expected[f"{kind}.0.scale"][:, own] = codes, scales
+        assert_same_bits(ring.tensors(), expected)
+    assert wraps >= 2
+
+
+@pytest.mark.parametrize("policy", ["evolving", "ema"])
+@torch.no_grad()
+def test_a_memory_re_cached_in_eight_bits_is_near_the_one_in_full(policy):
+    generator, streams = micro_generator(load("rollout_mem_nk1")[0]), []
+    checkpoint = Checkpoint(generator.config, generator.model, generator.memory, None, None, "")
+    first, then = (generator.model.encode_text(words) for words in torch.randn(2, 1, 5, 8))
+    for kv in MODES:
+        stream = BlockSampler(make_generator(checkpoint, policy, kv=kv), first, counter_noise(3))
+        for _ in range(8):
+            stream.next_block()
+        stream.switch(then, memory_recache=True)
+        streams.append(stream)
+    full, narrowed = (stream.memory.tensors() for stream in streams)
+    for name in [name for name, x in full.items() if x.is_floating_point()]:
+        for ours, theirs in zip(narrowed[name], full[name], strict=True):  # each layer's, or group's
+            assert_fp8_close(ours, theirs)
+    assert_fp8_close(streams[1].next_block(), streams[0].next_block())
+
+
 @pytest.mark.parametrize(("weights", "kv"), [("fp8", "full"), ("full", "fp8"), ("fp8", "fp8")])
 @pytest.mark.parametrize(
     "name", ["rollout_nomem", "rollout_mem_nk0", "rollout_mem_nk1_groups3", "rollout_mem_sinkanchor_resid"]
@@ -109,6 +150,14 @@ def test_a_state_in_eight_bits_resumes_in_full_and_says_so(tmp_path, options):
 def test_other_modes_are_refused(tmp_path, options):
     with pytest.raises(ValueError, match="must be one of full, fp8"):
         EchoPipeline.from_pretrained(save_small(tmp_path / "model"), **options)
+
+
+def test_a_checkpoint_that_another_pipeline_narrowed_is_not_run_as_if_in_full(tmp_path):
+    checkpoint = load_checkpoint(save_small(tmp_path / "model"))
+    expected = next(EchoPipeline(checkpoint, weights="fp8").stream(CIRCLE))
+    with pytest.raises(ValueError, match="another pipeline narrowed this checkpoint's weights to fp8: load it again"):
+        EchoPipeline(checkpoint)
+    assert_same_bits(next(EchoPipeline(checkpoint, weights="fp8").stream(CIRCLE)), expected)
 
 
 def test_the_cache_of_a_batch_keeps_rows_apart():

@@ -255,6 +255,42 @@ def test_rewrite_starts_over_with_one_write_of_what_it_is_given():
     assert stream.memory.read(stream.call())[0][0] is not old
 
 
+def test_rewrite_leaves_state_keys_and_values_where_captured_graphs_find_them():
+    streams = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        streams.append(Stream())
+        for _ in range(6):
+            streams[-1].block()
+    stream, plain = streams
+    stream.memory.fix(stream.call())
+    fixed = [stream.memory.state, *stream.memory.read(stream.call())[0]]  # alive, so that no other takes their places
+    for other in streams:
+        other.memory.rewrite(other.cache.local(other.start), other.cache)
+    stream.memory.fix(stream.call())
+    found = [stream.memory.state, *stream.memory.read(stream.call())[0]]
+    assert [x.data_ptr() for x in found] == [x.data_ptr() for x in fixed]
+    assert_same_bits(found, [plain.memory.state, *plain.memory.read(plain.call())[0]])
+
+
+def test_a_rewrite_that_runs_out_of_memory_changes_nothing(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    stream = Stream(write_every=2)
+    for _ in range(9):
+        stream.block()
+    assert stream.memory.pending
+    before = {name: x.clone() for name, x in stream.memory.tensors().items()}
+    read = [x.clone() for x in stream.memory.read(stream.call())[0]]
+    monkeypatch.setattr(stream.module, "write", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        stream.memory.rewrite(stream.cache.local(stream.start), stream.cache)
+    assert_same_bits(stream.memory.tensors(), before)
+    stream.memory.publish()
+    assert_same_bits(list(stream.memory.read(stream.call())[0]), read)
+
+
 def test_reset_forgets_everything():
     stream = Stream()
     for _ in range(6):

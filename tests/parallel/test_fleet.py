@@ -2,12 +2,14 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from echo_infinity.extras import MissingExtraError
 from echo_infinity.fleet import AdvanceError, Fleet
 from echo_infinity.host import LostStreamError, StreamHost
+from echo_infinity.noise import counter_noise
 from echo_infinity.pipeline import EchoPipeline
 from echo_infinity.state import read_state
 from numerics import assert_same_bits
@@ -109,6 +111,51 @@ def test_one_failure_leaves_the_others_what_they_made(fleet, alone):
         fleet.stop(name)
 
 
+def test_a_stream_that_can_not_be_saved_takes_nothing_from_the_others(fleet, alone, monkeypatch):
+    monkeypatch.setattr(fleet, "save_every", 1)
+    expected = alone(1, CIRCLE, seed=4)[0]
+    fleet.start("ends", CIRCLE, seed=4, callback=lambda stream, *_: stream.close())
+    fleet.start("goes on", CIRCLE, seed=4)
+    with pytest.raises(AdvanceError, match="ends: the stream is closed") as caught:
+        fleet.advance()
+    assert list(caught.value.failures) == ["ends"]
+    assert_same_bits(caught.value.outputs, {"ends": expected, "goes on": expected})
+    assert read_state(fleet.folder / "goes on.state.safetensors").meta["blocks"] == 1
+    for name in ("ends", "goes on"):
+        fleet.stop(name)
+
+
+def test_blocks_before_a_failed_one_are_not_lost(fleet, alone, tmp_path):
+    fleet.start("a", CIRCLE, noise=failing_once(tmp_path / "failed", at=2))
+    made = [fleet.advance()["a"]]
+    with pytest.raises(AdvanceError, match="a: a glitch"):
+        fleet.advance(blocks=2)  # the second of them
+    made.append(fleet.advance(blocks=2)["a"])
+    assert_same_bits(torch.cat(made), torch.cat(alone(3, CIRCLE)))
+    fleet.stop("a")
+
+
+def failing_once(mark, at):
+    """The noise of seed 0, which raises when it is first asked for block ``at``; ``mark`` is the file that tells."""
+    path, plain = str(mark), counter_noise(0)
+
+    def noise(block, step, shape):
+        if block == at and not Path(path).exists():
+            Path(path).touch()
+            raise ValueError("a glitch")
+        return plain(block, step, shape)
+
+    return noise
+
+
+def test_an_unknown_name_is_refused_before_any_stream_has_gone_on(fleet, alone):
+    fleet.start("a", CIRCLE, seed=5)
+    with pytest.raises(ValueError, match="no stream 'b'; there are: a"):
+        fleet.advance(["a", "b"])
+    assert_same_bits(fleet.advance()["a"], alone(1, CIRCLE, seed=5)[0])
+    fleet.stop("a")
+
+
 def test_requests_that_make_no_sense_are_refused(fleet):
     fleet.start("a", CIRCLE)
     for name in ("a", "", "folder/a"):
@@ -133,6 +180,19 @@ def test_a_host_says_that_it_lost_a_stream(model):
     host = StreamHost(str(model), threads, {})
     with pytest.raises(LostStreamError, match="no stream 'a' on this host"):
         host.advance("a", 1)
+
+
+@pytest.mark.parametrize(("at", "kept"), [(0, True), (1, False)], ids=["first", "second"])
+def test_a_host_keeps_a_stream_that_failed_only_where_it_was(model, tmp_path, at, kept):
+    host = StreamHost(str(model), torch.get_num_threads(), {})
+    host.start("a", CIRCLE, {"noise": failing_once(tmp_path / "failed", at)})
+    with pytest.raises(ValueError, match="a glitch"):
+        host.advance("a", 2)
+    assert host.ready() == kept
+    if kept:
+        whole = StreamHost(str(model), torch.get_num_threads(), {})
+        whole.start("a", CIRCLE, {})
+        assert_same_bits(host.advance("a", 2), whole.advance("a", 2))
 
 
 def test_without_ray_the_message_names_the_extra(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from echo_infinity import cli
 from echo_infinity.memory import EvolvingMemory
+from echo_infinity.parts import NoText
 from echo_infinity.ranks import Ranks
 from echo_infinity.training.denoiser import Denoiser
 from echo_infinity.training.init import Initialisation, InitTrainer
@@ -67,6 +68,15 @@ def test_a_cache_is_kept_and_a_lost_part_made_again(denoiser, prompts, tmp_path)
 def test_a_causal_model_is_no_teacher(student):
     with pytest.raises(ValueError, match=r"small is a causal model \(3 frames a block\)"):
         Denoiser(student, Ranks(), trained=False)
+
+
+def test_a_model_without_words_of_its_own_is_neither_teacher_nor_start(config, data, student, teacher, tmp_path):
+    trainer = InitTrainer(SETTINGS, config, data, tmp_path)
+    message = "reads prompts with NoText; these stages train models that have learned their own words"
+    with pytest.raises(ValueError, match=f"small {message}"):
+        trainer.start_from_checkpoint(student._replace(text=NoText("")))
+    with pytest.raises(ValueError, match=f"small-whole {message}"):
+        Denoiser(teacher._replace(text=NoText("")), Ranks(), trained=False)
 
 
 @pytest.mark.parametrize("states", [5, 1], ids=["trajectories", "clips"])
