@@ -78,6 +78,24 @@ def test_number_of_threads_changes_no_bit(isa, dtype, threads):
         assert_same_bits(other, results[0])
 
 
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_slots_may_be_strided(isa):
+    args = make((2, 3, 5, 7, 3, 16), rows=2)
+    expected = copies(args)
+    out = _cpu.append(*positional(expected), isa=isa)
+    args["slots"] = args["slots"].T.contiguous().T
+    assert_same_bits(_cpu.append(*positional(args), isa=isa), out)
+    for ring in RINGS:
+        assert_same_bits(args[ring], expected[ring])
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_no_head_and_no_stream_are_no_work(isa):
+    for shape in ((2, 3, 5, 4, 0, 16), (0, 3, 5, 4, 3, 16)):
+        args = make(shape)
+        assert _cpu.append(*positional(args), isa=isa).shape == args["q"].shape
+
+
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """Queries that the kernel was given."""
