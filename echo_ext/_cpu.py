@@ -65,22 +65,9 @@ def attention(
     return out, lse
 
 
-def why_not_append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    frame_table: Tensor,
-    key_frame_table: Tensor | None,
-    grid_table: Tensor,
-    slots: Tensor,
-    ring_k: Tensor,
-    ring_v: Tensor,
-    ring_raw: Tensor | None,
-    eps: float,
-) -> str | None:
+def why_not_append(*args: Any) -> str | None:
     """The first reason the kernel can't take checked arguments of `ring_append`, or None if it can."""
+    q, k, v, q_weight, k_weight, frame_table, key_frame_table, grid_table, _, ring_k, ring_v, ring_raw, _ = args
     if reason := _why_not(q):
         return reason
     for x in (q, k, v, ring_k, ring_v, ring_raw):
@@ -102,12 +89,9 @@ def append(*args: Any, isa: str = "") -> Tensor:
         The rotated queries.
     """
     *inputs, slots, ring_k, ring_v, ring_raw, eps = args
-    out = args[0].new_empty(args[0].shape)
-    views = [None if x is None else _native.view(x) for x in (*inputs, ring_k, ring_v, ring_raw, out)]
-    rings = len(inputs)
-    _native.module().ring_append_cpu(
-        *views[:rings], slots.tolist(), *views[rings:-1], eps, views[-1], torch.get_num_threads(), isa
-    )
+    slots, out = slots.contiguous(), args[0].new_empty(args[0].shape)
+    views = (None if x is None else _native.view(x) for x in (*inputs, slots, ring_k, ring_v, ring_raw))
+    _native.module().ring_append_cpu(*views, eps, _native.view(out), torch.get_num_threads(), isa)
     return out
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from instruction_sets import INSTRUCTION_SETS, needs_kernels
 from numerics import assert_no_worse_than, assert_same_bits
-from test_attention import TIERS, make, one_softmax, positional
+from test_attention import TIERS, make, one_softmax, positional, zeros
 
 from echo_ext import _cpu, _native, build_info
 from echo_ext.attention import frame_shift, stream_attention, stream_attention_ref
@@ -194,6 +194,13 @@ def test_no_query_is_no_work():
     assert stream_attention(**args).shape == (2, 0, 3, 16)
 
 
+@pytest.mark.parametrize(("tokens", "heads"), [(0, 3), (5, 0)], ids=["no query", "no head"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_the_kernel_takes_no_query_and_no_head(isa, tokens, heads):
+    out, lse = run(make((2, tokens, (3, 2, 7), heads, 16)), isa)
+    assert (out.shape, lse.shape) == ((2, tokens, heads, 16), (2, heads, tokens))
+
+
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """Queries that the kernel was given."""
@@ -269,10 +276,13 @@ def strange(*shape, dtype=torch.float32, step=None):
         (views(last_count=0), "last_count must be 1, or more where the ring has a last key, got 0"),
         (views(ring=None, last_count=2), "last_count must be 1, or more where the ring has a last key, got 2"),
         (views(scale=0.0), "scale must be above 0, got 0"),
-        (views(shift=strange(3, 4, 2)), r"shift must be \(1 or 2, pairs, 2\), got float32 \(3, 4, 2\)"),
-        (views(shift=strange(1, 9, 2)), "shift must be"),
-        (views(shift=strange(1, 4, 4, step=2)), "shift has the wrong dtype or shape, or is not dense"),
-        (views(lse=strange(2, 5, 3)), "lse has the wrong dtype or shape"),
+        (views(shift=strange(3, 4, 2)), "shift has 3 rows for a batch of 2"),
+        (views(shift=strange(1, 9, 2)), r"shift has more than d / 2 pairs: float32 \(1, 9, 2\)"),
+        (views(shift=strange(1, 4, 2, dtype=torch.bfloat16)), "shift must be float32, got bfloat16"),
+        (views(shift=strange(1, 4, 4, step=2)), "shift must have a contiguous last dim"),
+        (views(shift=_native.view(zeros(1, 8, 2)[:, ::2])), "shift must be contiguous, got strides"),
+        (views(lse=strange(2, 5, 3)), r"lse must be \(2, 3, 5\), .* got \(2, 5, 3\)"),
+        (views(q=(2, 0, 3, 16), out=(2, 0, 3, 16), lse=strange(2, 3, 5)), r"lse must be \(2, 3, 0\)"),
         (views(isa="sse"), "isa must be avx2, avx512 or avx512_bf16, got sse"),
     ],
 )
