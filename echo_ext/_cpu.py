@@ -19,13 +19,16 @@ def why_not_attention(q: Tensor, shift: Tensor | None, scale: float) -> str | No
     """The first reason the kernel can't take checked arguments of `stream_attention`, or None if it can."""
     if reason := _why_not(q):
         return reason
-    if q.dtype == torch.bfloat16 and _native.cpu_has_amx():
-        return "this CPU has AMX, which PyTorch's attention uses in bfloat16"
     if not scale > 0:
         return f"scale {scale} is not above 0"
     if shift is not None and shift.dtype != torch.float32:
         return f"shift is {shift.dtype}"
     return None
+
+
+def library_is_faster(q: Tensor) -> bool:
+    """Whether PyTorch's attention outruns the kernel: it uses AMX in bfloat16, where a CPU has that."""
+    return q.dtype == torch.bfloat16 and _native.cpu_has_amx()
 
 
 def attention(
@@ -49,9 +52,10 @@ def attention(
     b, t, h, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((b, h, t), dtype=torch.float32) if want_lse else None
+    shift = None if shift is None else shift.contiguous()  # a name: views are addresses and keep nothing alive
     _native.module().stream_attention_cpu(
         view(q),
-        None if shift is None else view(shift.contiguous()),
+        None if shift is None else view(shift),
         None if sink is None else (view(sink[0]), view(sink[1])),
         None if memory is None else (view(memory[0]), view(memory[1])),
         None if ring is None else (view(ring[0]), view(ring[1])),

@@ -9,7 +9,7 @@ from numerics import assert_no_worse_than, assert_same_bits
 from test_attention import TIERS, make, one_softmax, positional, zeros
 
 from echo_ext import _cpu, _native, build_info
-from echo_ext.attention import frame_shift, stream_attention, stream_attention_ref
+from echo_ext.attention import frame_shift, padded_attention, stream_attention, stream_attention_ref
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 # Around the sizes the kernel thinks in: 6 rows, 8 or 16 lanes, panels of 16 or 64 keys, tiles of 64 or 128, 420 rows.
@@ -69,6 +69,22 @@ def test_every_stream_of_a_batch_can_have_its_own_shift(isa):
         row = {tier: tuple(x[b : b + 1] for x in args[tier]) for tier in TIERS}
         alone, _ = run({"q": args["q"][b : b + 1], **row, "shift": args["shift"][b : b + 1]}, isa)
         assert_same_bits(out[b : b + 1], alone)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_a_shift_may_be_strided(isa):
+    args = make((2, 5, (20, 70, 33), 3, 16))
+    expected = run(args, isa)
+    wide = torch.full((1, 4, 4), float("nan"))
+    wide[..., ::2] = args["shift"]
+    assert_same_bits(run(args | {"shift": wide[..., ::2]}, isa), expected)
+
+
+@needs_kernels
+def test_a_shift_that_turns_nothing_is_not_looked_at():
+    args = make((2, 5, (20, 70, 33), 3, 16), tiers=("ring",))
+    plain = stream_attention(**args | {"shift": None}, backend="kernel_cpu")
+    assert_same_bits(stream_attention(**args | {"shift": args["shift"].double()}, backend="kernel_cpu"), plain)
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
@@ -233,6 +249,20 @@ def test_the_kernel_is_taken_where_it_can_be(change, taken, kernel_calls):
     assert len(kernel_calls) == taken
     exact, _ = one_softmax(**args, scale=options.get("scale"))
     assert_no_worse_than(out.detach(), exact.to(out.dtype), exact)
+
+
+@needs_kernels
+def test_auto_leaves_bfloat16_to_amx_and_asking_by_name_does_not(kernel_calls, monkeypatch):
+    args = make((2, 5, (3, 2, 7), 3, 16), torch.bfloat16)
+    padded = args["q"], *args["ring"], 2
+    for amx in (False, True):
+        monkeypatch.setattr(_native, "cpu_has_amx", lambda amx=amx: amx)
+        kernel_calls.clear()
+        stream_attention(**args)
+        padded_attention(*padded)
+        assert len(kernel_calls) == (0 if amx else 2)
+        stream_attention(**args, backend="kernel_cpu")
+        assert len(kernel_calls) == (1 if amx else 3)
 
 
 def test_build_info_names_the_instruction_set_or_the_reason():
