@@ -280,6 +280,6 @@ register(
     _LIB,
     "stream_attention",
     kernel=lambda *given: _op(given, "kernel_sm90", "kernel_sm80"),
-    reference=lambda *given: _op(given, "kernel_cpu"),
+    cpu=lambda *given: _op(given, "kernel_cpu"),
     fake=_fake,
 )

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from echo_ext import _attention, _native
-from echo_ext._autograd import recompute
-from echo_ext._dispatch import MAX_ROW_BYTES, Backend, register, use_reference, why_not_kernel, why_not_vectors
+from echo_ext._autograd import recompute, wants_grad
+from echo_ext._dispatch import MAX_ROW_BYTES, Backend, register, why_not_kernel, why_not_vectors, without_cuda_kernel
 from echo_ext.attention import stream_attention
 from echo_ext.gate import gate_blend
 from echo_ext.linear import linear
@@ -96,7 +96,7 @@ def memory_xattn(
     keys, values = [k for k, _ in segments], [v for _, v in segments]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     args = (q, keys, values, norm_weight, eps, scale, q_frames, q_grid)
-    if use_reference("memory_xattn", backend, _why_not_kernel(*args)):
+    if without_cuda_kernel("memory_xattn", backend, _why_not_kernel(*args)):
         return _read_in_place(*args, backend)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, norm_weight, *keys, *values)):
         return _MemoryXAttn.apply(len(keys), eps, scale, q_frames, q_grid, q, norm_weight, *keys, *values)
@@ -360,6 +360,6 @@ register(
     _LIB,
     "memory_xattn",
     kernel=_kernel,
-    reference=lambda *args: _read_in_place(*args).contiguous(),
+    cpu=lambda *args: _read_in_place(*args).contiguous(),
     fake=lambda q, *rest: q.new_empty(q.shape),
 )
