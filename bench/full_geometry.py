@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from clock import idle
 from echo_infinity.budget import Choice, items
 from echo_infinity.config import EchoConfig, preset
 from echo_infinity.memory import EvolvingMemory
@@ -76,11 +77,14 @@ def main() -> None:
     del plan["more work at a prompt switch"]
     with torch.inference_mode():
         sampler = build(config, dtype, args.device)
-        begun = time.monotonic()
+        idle(args.device)
+        begun = time.perf_counter()
         latents = sampler.next_block()
+        idle(args.device)
+        seconds = time.perf_counter() - begun
     measured, planned = peak(args.device), sum(plan.values())
     report = {
-        "seconds": round(time.monotonic() - begun, 1),
+        "seconds": round(seconds, 1),
         "finite": bool(torch.isfinite(latents).all()),
         "measured_mib": measured >> 20,
         "planned_mib": planned >> 20,
