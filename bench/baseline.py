@@ -25,6 +25,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from clock import idle
 from echo_infinity.config import EchoConfig, ModelConfig, WindowConfig, preset
 from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.model import CausalDiT
@@ -128,18 +129,13 @@ def measure(
         samplers["engine"].next_block()
     for turn in range(blocks):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody always follows the same one
-            _finish(device)
+            idle(device)
             start = _clocks()
             samplers[name].next_block()
-            _finish(device)
+            idle(device)
             wall, cpu, system = (after - before for before, after in zip(start, _clocks(), strict=True))
             times[name].append((wall, cpu, system))
     return {name: _summary(times[name], times["engine"], first[name], first["engine"]) for name in samplers}
-
-
-def _finish(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def _clocks() -> tuple[float, float, float]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clock import idle
 from echo_infinity.codec import to_uint8
 from echo_infinity.config import EchoConfig, preset
 from echo_infinity.extras import MissingExtraError, library
@@ -49,10 +50,10 @@ def seconds(work: Callable[[], object], blocks: int, device: str) -> list[float]
     """Times of ``blocks`` runs, each with the device idle before and after."""
     taken = []
     for _ in range(blocks):
-        _idle(device)
+        idle(device)
         begun = time.perf_counter()
         work()
-        _idle(device)
+        idle(device)
         taken.append(time.perf_counter() - begun)
     return taken
 
@@ -67,7 +68,7 @@ def beside(sampler: BlockSampler, codec: Any, blocks: int, device: str) -> float
             pixels, state = codec.decode(latents, state)
             to_uint8(pixels).cpu()
 
-    _idle(device)
+    idle(device)
     begun = time.perf_counter()
     with ThreadPoolExecutor(1) as worker:
         job = None
@@ -77,13 +78,10 @@ def beside(sampler: BlockSampler, codec: Any, blocks: int, device: str) -> float
             if job is not None:
                 job.result()
             job = worker.submit(decode, latents)
-    _idle(device)
+        if job is not None:
+            job.result()  # or what it raised would be lost
+    idle(device)
     return (time.perf_counter() - begun) / blocks
-
-
-def _idle(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
 
 
 def main() -> None:

@@ -29,36 +29,25 @@ TensorView query_view(const py::tuple& t) {
   return q;
 }
 
-// A dense tensor of the given shape, 0 for any size.
+// A dense tensor of the given shape, kAny for any size.
 TensorView dense_view(const char* name, const py::tuple& t, DType dtype,
                       std::initializer_list<int64_t> shape) {
   const TensorView v = view(name, t);
-  bool fits = v.dtype == dtype && v.ndim == int(shape.size());
-  int64_t step = 1;
-  for (int i = v.ndim - 1; fits && i >= 0; --i) {
-    const int64_t size = shape.begin()[i];
-    fits = (size == 0 || v.size[i] == size) && (v.size[i] <= 1 || v.stride[i] == step);
-    step *= v.size[i];
-  }
-  ECHO_CHECK(fits, name, " has the wrong dtype or shape, or is not dense: ", describe(v));
+  check_dtype(name, v, dtype);
+  check_shape(name, v, shape);
+  check_contiguous(name, v);
   return v;
 }
+
+HeadRows rows_of(const TensorView& v) { return {v.ptr, v.stride[0], v.stride[1], v.stride[2]}; }
 
 AttentionTier tier(const char* name, const OptionalPair& pair, const TensorView& q) {
   AttentionTier t;
   if (!pair) return t;
   const TensorView v = view(name, pair->second);
   t.tokens = v.ndim == 4 ? v.size[1] : 0;
-  const TensorView k = heads_view(name, pair->first, q, t.tokens);
-  heads_view(name, pair->second, q, t.tokens);
-  t.k = k.ptr;
-  t.v = v.ptr;
-  t.k_batch = k.stride[0];
-  t.k_token = k.stride[1];
-  t.k_head = k.stride[2];
-  t.v_batch = v.stride[0];
-  t.v_token = v.stride[1];
-  t.v_head = v.stride[2];
+  t.k = rows_of(heads_view(name, pair->first, q, t.tokens));
+  t.v = rows_of(heads_view(name, pair->second, q, t.tokens));
   return t;
 }
 
@@ -66,21 +55,15 @@ void attend_on_cpu(const py::tuple& q_view, const OptionalTuple& shift_view, con
                    const OptionalPair& memory, const OptionalPair& ring, const py::tuple& out_view,
                    const OptionalTuple& lse_view, double scale, int64_t last_count, int threads,
                    const std::string& isa) {
-  const TensorView q = query_view(q_view), out = heads_view("out", out_view, q, q.size[1]);
+  const TensorView q = query_view(q_view);
   StreamAttentionCpuParams p;
-  p.q = q.ptr;
-  p.out = out.ptr;
+  p.q = rows_of(q);
+  p.out = rows_of(heads_view("out", out_view, q, q.size[1]));
   p.dtype = q.dtype;
   p.batch = q.size[0];
   p.tokens = q.size[1];
   p.heads = q.size[2];
   p.head_dim = q.size[3];
-  p.q_batch = q.stride[0];
-  p.q_token = q.stride[1];
-  p.q_head = q.stride[2];
-  p.out_batch = out.stride[0];
-  p.out_token = out.stride[1];
-  p.out_head = out.stride[2];
   ECHO_CHECK(scale > 0, "scale must be above 0, got ", scale);
   p.scale = float(scale);
   p.sink = tier("sink", sink, q);
@@ -91,12 +74,12 @@ void attend_on_cpu(const py::tuple& q_view, const OptionalTuple& shift_view, con
   p.last_count = last_count;
   ECHO_CHECK(p.sink.tokens + p.memory.tokens + p.ring.tokens > 0, "no tier holds a key");
   if (shift_view) {
-    const TensorView shift = dense_view("shift", *shift_view, DType::kF32, {0, 0, 2});
-    ECHO_CHECK((shift.size[0] == 1 || shift.size[0] == p.batch) && 2 * shift.size[1] <= p.head_dim,
-               "shift must be (1 or ", p.batch, ", pairs, 2), got ", describe(shift));
+    const TensorView shift = dense_view("shift", *shift_view, DType::kF32, {kAny, kAny, 2});
+    check_batch("shift", shift, p.batch);
+    ECHO_CHECK(2 * shift.size[1] <= p.head_dim, "shift has more than d / 2 pairs: ", describe(shift));
     p.shift = static_cast<const float*>(shift.ptr);
     p.shift_pairs = shift.size[1];
-    p.shift_batch = shift.size[0] == 1 ? 0 : shift.stride[0];
+    p.shift_batch = shift.step(0);
   }
   if (lse_view) {
     p.lse = static_cast<float*>(dense_view("lse", *lse_view, DType::kF32, {p.batch, p.heads, p.tokens}).ptr);
@@ -106,43 +89,31 @@ void attend_on_cpu(const py::tuple& q_view, const OptionalTuple& shift_view, con
   stream_attention_cpu(p, limit, threads);
 }
 
-HeadRows rows_of(const TensorView& v) { return {v.ptr, v.stride[0], v.stride[1], v.stride[2]}; }
-
 void append_on_cpu(const py::tuple& q_view, const py::tuple& k_view, const py::tuple& v_view,
                    const OptionalTuple& q_weight, const OptionalTuple& k_weight, const py::tuple& frame_table,
                    const OptionalTuple& key_frame_table, const py::tuple& grid_table,
-                   const std::vector<std::vector<int64_t>>& slots, const py::tuple& ring_k,
-                   const py::tuple& ring_v, const OptionalTuple& ring_raw, double eps,
-                   const py::tuple& out_view, int threads, const std::string& isa) {
+                   const py::tuple& slots_view, const py::tuple& ring_k, const py::tuple& ring_v,
+                   const OptionalTuple& ring_raw, double eps, const py::tuple& out_view, int threads,
+                   const std::string& isa) {
   const TensorView q = query_view(q_view);
   const int64_t batch = q.size[0], tokens = q.size[1], width = q.size[2] * q.size[3];
-  const TensorView grid = dense_view("grid_table", grid_table, DType::kF32, {0, 0, 2});
+  const TensorView grid = dense_view("grid_table", grid_table, DType::kF32, {kAny, kAny, 2});
   ECHO_CHECK(grid.size[0] > 0 && tokens % grid.size[0] == 0, "q has ", tokens,
              " tokens, no whole number of frames of ", grid.size[0]);
   const int64_t frames = tokens / grid.size[0], frame_pairs = q.size[3] / 2 - grid.size[1];
   ECHO_CHECK(frame_pairs >= 0, "grid_table has more than d / 2 pairs: ", describe(grid));
   const auto table = [&](const char* name, const py::tuple& t, int64_t& step) {
-    const TensorView v = dense_view(name, t, DType::kF32, {0, frames, frame_pairs, 2});
-    ECHO_CHECK(v.size[0] == 1 || v.size[0] == batch, name, " has ", v.size[0], " rows for a batch of ",
-               batch);
-    step = v.size[0] == 1 ? 0 : frames * frame_pairs * 2;
+    const TensorView v = dense_view(name, t, DType::kF32, {kAny, frames, frame_pairs, 2});
+    check_batch(name, v, batch);
+    step = v.step(0);
     return static_cast<const float*>(v.ptr);
   };
   const TensorView ring = view("ring_k", ring_k);
   ECHO_CHECK(ring.ndim == 4 && ring.size[1] % grid.size[0] == 0, "ring_k is ", describe(ring),
              ", its frames have ", grid.size[0], " tokens");
   const int64_t slot_count = ring.size[1] / grid.size[0];
-  std::vector<int64_t> flat;
-  for (const std::vector<int64_t>& row : slots) {
-    ECHO_CHECK(int64_t(row.size()) == frames, "slots has ", row.size(), " frames, q ", frames);
-    for (const int64_t slot : row) {
-      ECHO_CHECK(slot >= 0 && slot < slot_count, "slot ", slot, " is outside a ring of ", slot_count,
-                 " slots");
-      flat.push_back(slot);
-    }
-  }
-  ECHO_CHECK(slots.size() == 1 || int64_t(slots.size()) == batch, "slots has ", slots.size(),
-             " rows for a batch of ", batch);
+  const TensorView slots = dense_view("slots", slots_view, DType::kI64, {kAny, frames});
+  check_batch("slots", slots, batch);
   RingAppendCpuParams p;
   p.q = rows_of(q);
   p.k = rows_of(heads_view("k", k_view, q, tokens));
@@ -157,8 +128,12 @@ void append_on_cpu(const py::tuple& q_view, const py::tuple& k_view, const py::t
   p.frame_table = p.key_frame_table = table("frame_table", frame_table, p.table_batch);
   p.key_table_batch = p.table_batch;
   if (key_frame_table) p.key_frame_table = table("key_frame_table", *key_frame_table, p.key_table_batch);
-  p.slots = flat.data();
-  p.slots_batch = slots.size() == 1 ? 0 : frames;
+  p.slots = static_cast<const int64_t*>(slots.ptr);
+  p.slots_batch = slots.step(0);
+  for (int64_t i = 0; i < slots.size[0] * frames; ++i) {
+    ECHO_CHECK(p.slots[i] >= 0 && p.slots[i] < slot_count, "slot ", p.slots[i], " is outside a ring of ",
+               slot_count, " slots");
+  }
   p.dtype = q.dtype;
   p.batch = batch;
   p.frames = frames;
@@ -209,8 +184,8 @@ void norm_on_cpu(const py::tuple& x_view, const OptionalTuple& y_view, const Opt
     ECHO_CHECK(v.size[1] == 1 || p.frames == 1 || p.frames == v.size[1], name, " has ", v.size[1],
                " frames, another vector ", p.frames);
     if (v.size[1] > 1) p.frames = v.size[1];
-    batch_step = v.size[0] == 1 ? 0 : v.stride[0];
-    frame_step = v.size[1] == 1 ? 0 : v.stride[1];
+    batch_step = v.step(0);
+    frame_step = v.step(1);
     return static_cast<const void*>(v.ptr);
   };
   p.gate = vectors("gate", gate, p.gate_batch, p.gate_frame);

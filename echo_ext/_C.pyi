@@ -102,7 +102,7 @@ def ring_append_cpu(
     frame_table: TensorTuple,
     key_frame_table: TensorTuple | None,
     grid_table: TensorTuple,
-    slots: list[list[int]],
+    slots: TensorTuple,
     ring_k: TensorTuple,
     ring_v: TensorTuple,
     ring_raw: TensorTuple | None,

@@ -53,7 +53,9 @@ def choose(backend: Backend, x: Inputs) -> Way:
             raise RuntimeError(f"stream_attention: {backend} can't run: {reason}")
         return backend
     for name, why_not in _WHY_NOT.items():
-        if (backend == "auto" or name != "kernel_cpu") and why_not(x) is None:
+        if name == "kernel_cpu" and (backend == "kernel" or _cpu.library_is_faster(x.q)):
+            continue
+        if why_not(x) is None:
             return name
     if backend == "kernel":
         raise RuntimeError(f"stream_attention: kernel can't run: {why_not_kernel_sm80(x)}")

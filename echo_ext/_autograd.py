@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd is on and one of ``tensors`` asks for a gradient."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def recompute(
     function: Callable[..., Tensor | tuple[Tensor, ...]],
     saved: Sequence[Tensor | None],

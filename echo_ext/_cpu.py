@@ -19,13 +19,16 @@ def why_not_attention(q: Tensor, shift: Tensor | None, scale: float) -> str | No
     """The first reason the kernel can't take checked arguments of `stream_attention`, or None if it can."""
     if reason := _why_not(q):
         return reason
-    if q.dtype == torch.bfloat16 and _native.cpu_has_amx():
-        return "this CPU has AMX, which PyTorch's attention uses in bfloat16"
     if not scale > 0:
         return f"scale {scale} is not above 0"
     if shift is not None and shift.dtype != torch.float32:
         return f"shift is {shift.dtype}"
     return None
+
+
+def library_is_faster(q: Tensor) -> bool:
+    """Whether PyTorch's attention outruns the kernel: it uses AMX in bfloat16, where a CPU has that."""
+    return q.dtype == torch.bfloat16 and _native.cpu_has_amx()
 
 
 def attention(
@@ -49,9 +52,10 @@ def attention(
     b, t, h, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((b, h, t), dtype=torch.float32) if want_lse else None
+    shift = None if shift is None else shift.contiguous()  # a name: views are addresses and keep nothing alive
     _native.module().stream_attention_cpu(
         view(q),
-        None if shift is None else view(shift.contiguous()),
+        None if shift is None else view(shift),
         None if sink is None else (view(sink[0]), view(sink[1])),
         None if memory is None else (view(memory[0]), view(memory[1])),
         None if ring is None else (view(ring[0]), view(ring[1])),
@@ -65,22 +69,9 @@ def attention(
     return out, lse
 
 
-def why_not_append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    frame_table: Tensor,
-    key_frame_table: Tensor | None,
-    grid_table: Tensor,
-    slots: Tensor,
-    ring_k: Tensor,
-    ring_v: Tensor,
-    ring_raw: Tensor | None,
-    eps: float,
-) -> str | None:
+def why_not_append(*args: Any) -> str | None:
     """The first reason the kernel can't take checked arguments of `ring_append`, or None if it can."""
+    q, k, v, q_weight, k_weight, frame_table, key_frame_table, grid_table, _, ring_k, ring_v, ring_raw, _ = args
     if reason := _why_not(q):
         return reason
     for x in (q, k, v, ring_k, ring_v, ring_raw):
@@ -102,12 +93,9 @@ def append(*args: Any, isa: str = "") -> Tensor:
         The rotated queries.
     """
     *inputs, slots, ring_k, ring_v, ring_raw, eps = args
-    out = args[0].new_empty(args[0].shape)
-    views = [None if x is None else _native.view(x) for x in (*inputs, ring_k, ring_v, ring_raw, out)]
-    rings = len(inputs)
-    _native.module().ring_append_cpu(
-        *views[:rings], slots.tolist(), *views[rings:-1], eps, views[-1], torch.get_num_threads(), isa
-    )
+    slots, out = slots.contiguous(), args[0].new_empty(args[0].shape)
+    views = (None if x is None else _native.view(x) for x in (*inputs, slots, ring_k, ring_v, ring_raw))
+    _native.module().ring_append_cpu(*views, eps, _native.view(out), torch.get_num_threads(), isa)
     return out
 
 

@@ -27,8 +27,11 @@ def why_not_kernel(op: str, x: Tensor, name: str) -> str | None:
     return None
 
 
-def use_reference(op: str, backend: Backend, reason: str | None) -> bool:
-    """Whether the PyTorch implementation runs; raises where a kernel was asked for by name and can't."""
+def without_cuda_kernel(op: str, backend: Backend, reason: str | None) -> bool:
+    """Whether the CUDA kernel stays out, for ``reason`` or as asked; raises where it was asked for by name and can't.
+
+    What runs then is PyTorch, or with ``"auto"`` the op's kernel for CPUs if it has one.
+    """
     if backend not in ("auto", "kernel", "reference"):
         raise ValueError(f"{op}: backend must be 'auto', 'kernel' or 'reference', got {backend!r}")
     if backend == "kernel" and reason:
@@ -55,15 +58,15 @@ def why_not_vectors(tensors: Mapping[str, Tensor | None]) -> str | None:
 
 
 def register(
-    lib: torch.library.Library, op: str, *, kernel: Callable[..., Any], reference: Callable[..., Any], fake: Callable
+    lib: torch.library.Library, op: str, *, kernel: Callable[..., Any], cpu: Callable[..., Any], fake: Callable
 ) -> None:
-    """Make ``kernel`` the op on CUDA and ``reference`` on the CPU, except where kernels are emulated there.
+    """Make ``kernel`` the op on CUDA, and ``cpu`` on the CPU, except where CUDA kernels are emulated there.
 
-    On the CPU the reference may take a kernel for CPUs.
+    ``cpu`` is the reference, or takes a kernel for CPUs where that can run.
     """
 
     def on_cpu(*args: Any) -> Any:
-        return (kernel if _native.emulated() else reference)(*args)
+        return (kernel if _native.emulated() else cpu)(*args)
 
     lib.impl(op, kernel, "CUDA")
     lib.impl(op, on_cpu, "CPU")

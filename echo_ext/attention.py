@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from echo_ext import _attention, _cpu
-from echo_ext._attention import Backend
+from echo_ext._attention import Backend, Way
+from echo_ext._autograd import recompute, wants_grad
 from echo_ext._dispatch import register
 from echo_ext.rope import axis_pairs, expand_shift, frame_table, rotate_pairs
 
@@ -49,7 +52,7 @@ def stream_attention(
         backend: ``"kernel_sm90"`` and ``"kernel_sm80"`` name a CUDA kernel, ``"kernel"`` the better one,
             ``"kernel_cpu"`` that for x86 CPUs; they raise where it can't run. ``"library"``: the library's attention on
             each tier, joined by their log-sum-exps. ``"reference"``: the same in PyTorch's plainest form. ``"auto"``: a
-            kernel (on the CPU where no gradient is wanted), or else the reference.
+            kernel (on the CPU where no gradient is wanted and the library isn't faster), or else the reference.
 
     Returns:
         ``(B, Tq, H, d)`` in ``q.dtype``. Softmax in float32. Differentiable.
@@ -63,19 +66,18 @@ def stream_attention(
     _check(q, shift, {"sink": sink, "memory": memory, "ring": ring})
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tensors = [x for pair in (sink, memory, ring) for x in (pair or (None, None))]
-    wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *tensors))
     sink_k, sink_v, memory_k, memory_v, ring_k, ring_v = tensors
     args = (q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)
     x = _inputs(*args)
     way = _attention.choose(backend, x)
-    if wants_grad and (way == "reference" or (way == "kernel_cpu" and backend == "auto")):
-        return stream_attention_ref(*args)[0]
-    if wants_grad:  # of the library's LSEs there is none
-        return _StreamAttention.apply(*args, backend)
+    if wants_grad(q, *tensors):
+        if way == "reference" or (way == "kernel_cpu" and backend == "auto"):
+            return stream_attention_ref(*args)[0]
+        return _StreamAttention.apply(*args, backend)  # of the library's LSEs there is no gradient
     if way in ("library", "reference"):
-        return _merge_tiers(*args, fastest=way == "library")[0]
+        return _merge_tiers(x, fastest=way == "library")[0]
     if way == "kernel_cpu" and not torch.compiler.is_compiling():
-        return _cpu.attention(q, shift, sink, memory, ring, scale)[0]
+        return _cpu.attention(q, x.shift, sink, memory, ring, scale)[0]
     return torch.ops.echo_ext.stream_attention(*args, backend)[0]
 
 
@@ -103,8 +105,8 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, padding: int, *, scale: fl
     if not 0 <= padding <= k.shape[1]:
         raise ValueError(f"padding must be in 0 .. {k.shape[1]}, the number of keys, got {padding}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if wants_grad or torch.compiler.is_compiling() or _cpu.why_not_attention(q, None, scale) is not None:
+    takes_kernel = _cpu.why_not_attention(q, None, scale) is None and not _cpu.library_is_faster(q)
+    if wants_grad(q, k, v) or torch.compiler.is_compiling() or not takes_kernel:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
     count = max(padding, 1)
@@ -161,23 +163,11 @@ def stream_attention_ref(
     return out.to(q.dtype), joint.logsumexp(dim=-1)
 
 
-def _merge_tiers(
-    q: Tensor,
-    shift: Tensor | None,
-    sink_k: Tensor | None,
-    sink_v: Tensor | None,
-    memory_k: Tensor | None,
-    memory_v: Tensor | None,
-    ring_k: Tensor | None,
-    ring_v: Tensor | None,
-    scale: float,
-    *,
-    fastest: bool = False,
-) -> tuple[Tensor, Tensor]:
+def _merge_tiers(x: _attention.Inputs, fastest: bool) -> tuple[Tensor, Tensor]:
     """The fallback: the library's attention on each tier in place, joined by their LSEs, returned (tiers, B, H, Tq)."""
-    turned = q if shift is None else shift_queries(q, shift)
-    tiers = [(turned, sink_k, sink_v), (turned, memory_k, memory_v), (q, ring_k, ring_v)]
-    parts = [_tier(x, k, v, scale, fastest) for x, k, v in tiers if k is not None and v is not None and k.shape[1]]
+    turned = x.q if x.shift is None else shift_queries(x.q, x.shift)
+    queries = [turned] * x.turned + [x.q] * (len(x.runs) - x.turned)
+    parts = [_tier(q, k, v, x.scale, fastest) for q, (_, k, v) in zip(queries, x.runs, strict=True)]
     lses = torch.stack([lse for _, lse in parts])
     if len(parts) == 1:
         return parts[0][0], lses
@@ -185,7 +175,7 @@ def _merge_tiers(
     out = weights[0] * parts[0][0]
     for weight, (part, _) in zip(weights[1:], parts[1:], strict=True):
         out = torch.addcmul(out, weight, part.to(out.dtype))
-    return out.to(q.dtype), lses
+    return out.to(x.q.dtype), lses
 
 
 def _tier(q: Tensor, k: Tensor, v: Tensor, scale: float, fastest: bool) -> KV:
@@ -259,45 +249,37 @@ class _StreamAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        needs = ctx.needs_input_grad[:-2]
-        inputs: Any = [
-            None if x is None else x.detach().requires_grad_(need)
-            for x, need in zip(ctx.saved_tensors, needs, strict=True)
-        ]
-        with torch.enable_grad():
-            out, _ = stream_attention_ref(*inputs, ctx.scale)  # type: ignore[call-arg]  # eight tensors and a scale
-        wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
-        grads = iter(torch.autograd.grad(out, wanted, grad))
-        return *(next(grads) if need else None for need in needs), None, None
+        reference = functools.partial(stream_attention_ref, scale=ctx.scale)
+
+        def again(*tensors: Any) -> Tensor:
+            return reference(*tensors)[0]
+
+        return *recompute(again, ctx.saved_tensors, ctx.needs_input_grad[:-2], grad), None, None
 
 
 def _fake(q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale, backend="auto"):
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
-def _op(
-    q: Tensor,
-    shift: Tensor | None,
-    sink_k: Tensor | None,
-    sink_v: Tensor | None,
-    memory_k: Tensor | None,
-    memory_v: Tensor | None,
-    ring_k: Tensor | None,
-    ring_v: Tensor | None,
-    scale: float,
-    backend: Backend = "auto",
-) -> tuple[Tensor, Tensor]:
-    args = (q, shift, sink_k, sink_v, memory_k, memory_v, ring_k, ring_v, scale)
-    x = _inputs(*args)
+def _op(given: Sequence[Any], *kernels: Way) -> tuple[Tensor, Tensor]:
+    """Run the kernel that :func:`_attention.choose` names where it is one of ``kernels``, or else the fallback."""
+    backend: Backend = given[9] if len(given) > 9 else "auto"  # torch leaves out what is the default
+    x = _inputs(*given[:9])
     way = _attention.choose(backend, x)
-    if reason := _attention.why_not_address(way, x):
+    if way in kernels:
+        reason = _attention.why_not_address(way, x)
+        if reason is None:
+            return _attention.run(way, x)
         if backend != "auto":
             raise RuntimeError(f"stream_attention: {way} can't run: {reason}")
-        way = "reference"
-    if way in ("library", "reference"):
-        out, lses = _merge_tiers(*args, fastest=way == "library")
-        return out.contiguous(), lses.float().logsumexp(dim=0)
-    return _attention.run(way, x)
+    out, lses = _merge_tiers(x, fastest=way == "library")
+    return out.contiguous(), lses.float().logsumexp(dim=0)
 
 
-register(_LIB, "stream_attention", kernel=_op, reference=_op, fake=_fake)
+register(
+    _LIB,
+    "stream_attention",
+    kernel=lambda *given: _op(given, "kernel_sm90", "kernel_sm80"),
+    cpu=lambda *given: _op(given, "kernel_cpu"),
+    fake=_fake,
+)

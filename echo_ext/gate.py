@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from echo_ext import _native
-from echo_ext._autograd import recompute
-from echo_ext._dispatch import Backend, register, use_reference, why_not_kernel, why_not_vectors
+from echo_ext._autograd import recompute, wants_grad
+from echo_ext._dispatch import Backend, register, why_not_kernel, why_not_vectors, without_cuda_kernel
 
 _LIB = torch.library.Library("echo_ext", "FRAGMENT")
 _LIB.define("gate_blend(Tensor state, Tensor proposal, Tensor weight, Tensor bias) -> Tensor")
@@ -37,9 +37,9 @@ def gate_blend(state: Tensor, proposal: Tensor, weight: Tensor, bias: Tensor, *,
     """
     _check(state, proposal, weight, bias)
     args = (state, proposal, weight, bias)
-    if use_reference("gate_blend", backend, _why_not_kernel(*args)):
+    if without_cuda_kernel("gate_blend", backend, _why_not_kernel(*args)):
         return gate_blend_ref(*args)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in args):
+    if wants_grad(*args):
         return _GateBlend.apply(*args)
     return torch.ops.echo_ext.gate_blend(*args)
 
@@ -101,6 +101,6 @@ register(
     _LIB,
     "gate_blend",
     kernel=_kernel,
-    reference=gate_blend_ref,
+    cpu=gate_blend_ref,
     fake=lambda state, *rest: state.new_empty(state.shape),
 )

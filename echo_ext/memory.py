@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from echo_ext import _attention, _native
-from echo_ext._autograd import recompute
-from echo_ext._dispatch import MAX_ROW_BYTES, Backend, register, use_reference, why_not_kernel, why_not_vectors
+from echo_ext import _attention, _cpu, _native
+from echo_ext._autograd import recompute, wants_grad
+from echo_ext._dispatch import MAX_ROW_BYTES, Backend, register, why_not_kernel, why_not_vectors, without_cuda_kernel
 from echo_ext.attention import stream_attention
 from echo_ext.gate import gate_blend
 from echo_ext.linear import linear
@@ -96,9 +96,9 @@ def memory_xattn(
     keys, values = [k for k, _ in segments], [v for _, v in segments]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     args = (q, keys, values, norm_weight, eps, scale, q_frames, q_grid)
-    if use_reference("memory_xattn", backend, _why_not_kernel(*args)):
+    if without_cuda_kernel("memory_xattn", backend, _why_not_kernel(*args)):
         return _read_in_place(*args, backend)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, norm_weight, *keys, *values)):
+    if wants_grad(q, norm_weight, *keys, *values):
         return _MemoryXAttn.apply(len(keys), eps, scale, q_frames, q_grid, q, norm_weight, *keys, *values)
     return torch.ops.echo_ext.memory_xattn(*args)
 
@@ -133,13 +133,19 @@ def _read_in_place(
     q_grid: Tensor | None,
     backend: Backend = "reference",
 ) -> Tensor:
-    """The fallback: the library's attention on each segment where it lies, several joined as tiers of a stream are."""
+    """The fallback: attention on each segment where it lies, several joined as tiers of a stream are."""
     q = _norm_and_rotate(q, norm_weight, eps, q_frames, q_grid)
-    if len(keys) == 1 and torch.is_grad_enabled():
+    if len(keys) == 1 and not _suits_stream(scale, q, keys[0], values[0]):
         q, k, v = (x.transpose(1, 2) for x in (q, keys[0], values[0]))  # (B, H, T, d): views
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
     sink, memory, ring = [*zip(keys, values, strict=True), None, None][:_MAX_SEGMENTS]
     return stream_attention(q, sink=sink, memory=memory, ring=ring, scale=scale, backend=backend)
+
+
+def _suits_stream(scale: float, q: Tensor, *kv: Tensor) -> bool:
+    """Whether a lone segment gains by the stream's attention: by its kernel for CPUs, which has no gradient."""
+    dense = all(x.stride(-1) == 1 for x in (q, *kv))
+    return dense and not wants_grad(q, *kv) and _cpu.why_not_attention(q, None, scale) is None
 
 
 def _norm_and_rotate(
@@ -360,6 +366,6 @@ register(
     _LIB,
     "memory_xattn",
     kernel=_kernel,
-    reference=lambda *args: _read_in_place(*args).contiguous(),
+    cpu=lambda *args: _read_in_place(*args).contiguous(),
     fake=lambda q, *rest: q.new_empty(q.shape),
 )

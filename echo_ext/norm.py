@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from echo_ext import _cpu, _native
-from echo_ext._autograd import recompute
-from echo_ext._dispatch import MAX_ROW_BYTES, Backend, register, use_reference, why_not_kernel, why_not_vectors
+from echo_ext._autograd import recompute, wants_grad
+from echo_ext._dispatch import MAX_ROW_BYTES, Backend, register, why_not_kernel, why_not_vectors, without_cuda_kernel
 
 _LIB = torch.library.Library("echo_ext", "FRAGMENT")
 _LIB.define("modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor")
@@ -29,10 +29,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, back
         shift: ``(B or 1, F, 1, D)``.
         scale: ``(B or 1, F, 1, D)``, already 1 + the predicted scale.
         eps: of the norm.
-        backend: ``"kernel"`` raises where the CUDA kernel can't run; ``"auto"`` falls back.
+        backend: ``"kernel"`` raises where the CUDA kernel can't run; ``"auto"`` falls back to the CPU kernel, where no
+            gradient is wanted, and to PyTorch; ``"reference"`` is PyTorch.
 
     Returns:
-        ``(B, F * T_f, D)`` in ``x.dtype``, contiguous. The kernel norms in float32.
+        ``(B, F * T_f, D)`` in ``x.dtype``, contiguous. The kernels norm in float32.
 
     Raises:
         ValueError: shapes or devices disagree.
@@ -41,11 +42,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, back
     Source: docs/method.md section 5, conditioning.
     """
     _check(x, None, None, shift, scale)
-    if use_reference("modulate", backend, _why_not_kernel("modulate", x, None, None, shift, scale)):
+    if without_cuda_kernel("modulate", backend, _why_not_kernel("modulate", x, None, None, shift, scale)):
         if _takes_cpu(backend, x, shift, scale):
             return _cpu.gated_modulate(x, None, None, shift, scale, eps)[1]
         return modulate_ref(x, shift, scale, eps)
-    if torch.is_grad_enabled() and (x.requires_grad or shift.requires_grad or scale.requires_grad):
+    if wants_grad(x, shift, scale):
         return _Modulate.apply(x, shift, scale, eps)
     return torch.ops.echo_ext.modulate(x, shift, scale, eps)
 
@@ -57,7 +58,8 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: Backend = "auto") 
         x: ``(B, F * T_f, D)`` tokens, frame by frame.
         y: ``(B, F * T_f, D)`` what a layer adds to them.
         gate: ``(B or 1, F, 1, D)``.
-        backend: ``"kernel"`` raises where the CUDA kernel can't run; ``"auto"`` falls back.
+        backend: ``"kernel"`` raises where the CUDA kernel can't run; ``"auto"`` falls back to the CPU kernel, where no
+            gradient is wanted, and to PyTorch; ``"reference"`` is PyTorch.
 
     Returns:
         ``(B, F * T_f, D)`` in ``x.dtype``, contiguous.
@@ -69,11 +71,11 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: Backend = "auto") 
     Source: docs/method.md section 5, conditioning.
     """
     _check(x, y, gate)
-    if use_reference("gated_add", backend, _why_not_kernel("gated_add", x, y, gate)):
+    if without_cuda_kernel("gated_add", backend, _why_not_kernel("gated_add", x, y, gate)):
         if _takes_cpu(backend, x, y, gate):
             return _cpu.gated_modulate(x, y, gate, None, None)[0]
         return gated_add_ref(x, y, gate)
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or gate.requires_grad):
+    if wants_grad(x, y, gate):
         return _GatedAdd.apply(x, y, gate)
     return torch.ops.echo_ext.gated_add(x, y, gate)
 
@@ -99,10 +101,11 @@ def gated_modulate(
         shift: ``(B or 1, F, 1, D)``, or ``(D,)``: the bias of a LayerNorm.
         scale: like ``shift``: already 1 + the predicted scale, or the weight of a LayerNorm.
         eps: of the norm.
-        backend: ``"kernel"`` raises where the CUDA kernel can't run; ``"auto"`` falls back.
+        backend: ``"kernel"`` raises where the CUDA kernel can't run; ``"auto"`` falls back to the CPU kernel, where no
+            gradient is wanted, and to PyTorch; ``"reference"`` is PyTorch.
 
     Returns:
-        The sum and its modulated norm, each ``(B, F * T_f, D)`` in ``x.dtype``, contiguous. The kernel norms the sum
+        The sum and its modulated norm, each ``(B, F * T_f, D)`` in ``x.dtype``, contiguous. The kernels norm the sum
         as it was before rounding.
 
     Raises:
@@ -112,11 +115,11 @@ def gated_modulate(
     Source: docs/method.md section 5, conditioning.
     """
     _check(x, y, gate, shift, scale)
-    if use_reference("gated_modulate", backend, _why_not_kernel("gated_modulate", x, y, gate, shift, scale)):
+    if without_cuda_kernel("gated_modulate", backend, _why_not_kernel("gated_modulate", x, y, gate, shift, scale)):
         if _takes_cpu(backend, x, y, gate, shift, scale):
             return _cpu.gated_modulate(x, y, gate, shift, scale, eps)
         return gated_modulate_ref(x, y, gate, shift, scale, eps)
-    if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, y, gate, shift, scale)):
+    if wants_grad(x, y, gate, shift, scale):
         return _GatedModulate.apply(x, y, gate, shift, scale, eps)
     return torch.ops.echo_ext.gated_modulate(x, y, gate, shift, scale, eps)
 
@@ -216,9 +219,7 @@ def _why_not_kernel(
 
 def _takes_cpu(backend: Backend, x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernel for CPUs runs: it has no gradient, and a compiler can't see into it."""
-    if backend != "auto" or not x.is_cpu or torch.compiler.is_compiling():
-        return False
-    if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, *others)):
+    if backend != "auto" or not x.is_cpu or torch.compiler.is_compiling() or wants_grad(x, *others):
         return False
     return _cpu.why_not_norm(x, *others) is None
 
@@ -296,20 +297,20 @@ register(
     _LIB,
     "modulate",
     kernel=_modulate_kernel,
-    reference=lambda *args: modulate_ref(*args).contiguous(),
+    cpu=lambda *args: modulate_ref(*args).contiguous(),
     fake=lambda x, *rest: x.new_empty(x.shape),
 )
 register(
     _LIB,
     "gated_add",
     kernel=_gated_add_kernel,
-    reference=lambda *args: gated_add_ref(*args).contiguous(),
+    cpu=lambda *args: gated_add_ref(*args).contiguous(),
     fake=lambda x, *rest: x.new_empty(x.shape),
 )
 register(
     _LIB,
     "gated_modulate",
     kernel=_gated_modulate_kernel,
-    reference=lambda *args: tuple(z.contiguous() for z in gated_modulate_ref(*args)),
+    cpu=lambda *args: tuple(z.contiguous() for z in gated_modulate_ref(*args)),
     fake=lambda x, *rest: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from echo_ext import _cpu, _native
-from echo_ext._dispatch import MAX_ROW_BYTES, Backend, register, use_reference, why_not_kernel, why_not_vectors
+from echo_ext._autograd import wants_grad
+from echo_ext._dispatch import MAX_ROW_BYTES, Backend, register, why_not_kernel, why_not_vectors, without_cuda_kernel
 from echo_ext.rope import check_tables, expand_tables, rotate_pairs, why_not_table
 
 _LIB = torch.library.Library("echo_ext", "FRAGMENT")
@@ -120,7 +121,7 @@ def ring_append(
     Source: docs/method.md sections 2 and 3.
     """
     _check(q, k, v, q_weight, k_weight, frame_table, key_frame_table, grid_table, slots, ring_k, ring_v, ring_raw)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if wants_grad(q, k, v):
         raise RuntimeError("ring_append writes in place and has no gradient; train with the functional cache")
     args = (
         q,
@@ -137,7 +138,7 @@ def ring_append(
         ring_raw,
         eps,
     )
-    if use_reference("ring_append", backend, _why_not_kernel(args)):
+    if without_cuda_kernel("ring_append", backend, _why_not_kernel(args)):
         if backend == "auto" and _cpu.why_not_append(*args) is None:
             return torch.ops.echo_ext.ring_append(*args) if torch.compiler.is_compiling() else _cpu.append(*args)
         return ring_append_ref(*args)
@@ -269,6 +270,6 @@ register(
     _LIB,
     "ring_append",
     kernel=_kernel,
-    reference=_on_cpu,
+    cpu=_on_cpu,
     fake=lambda q, *rest: q.new_empty(q.shape),
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from echo_ext import _native
-from echo_ext._dispatch import Backend, register, use_reference, why_not_kernel
+from echo_ext._dispatch import Backend, register, why_not_kernel, without_cuda_kernel
 
 _THETA = 10000.0
 _LIB = torch.library.Library("echo_ext", "FRAGMENT")
@@ -104,7 +104,7 @@ def rope_rotate(x: Tensor, frame_table: Tensor, grid_table: Tensor, *, backend: 
     Source: docs/method.md section 3.
     """
     _check(x, frame_table, grid_table)
-    if use_reference("rope_rotate", backend, _why_not_kernel(x, frame_table, grid_table)):
+    if without_cuda_kernel("rope_rotate", backend, _why_not_kernel(x, frame_table, grid_table)):
         return rope_rotate_ref(x, frame_table, grid_table)
     if torch.is_grad_enabled() and x.requires_grad:
         return _RopeRotate.apply(x, frame_table, grid_table)
@@ -239,6 +239,6 @@ register(
     _LIB,
     "rope_rotate",
     kernel=_kernel,
-    reference=rope_rotate_ref,
+    cpu=rope_rotate_ref,
     fake=lambda x, frame_table, grid_table: x.new_empty(x.shape),
 )

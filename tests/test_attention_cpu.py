@@ -6,10 +6,10 @@ import pytest
 import torch
 from instruction_sets import INSTRUCTION_SETS, needs_kernels
 from numerics import assert_no_worse_than, assert_same_bits
-from test_attention import TIERS, make, one_softmax, positional
+from test_attention import TIERS, make, one_softmax, positional, zeros
 
 from echo_ext import _cpu, _native, build_info
-from echo_ext.attention import frame_shift, stream_attention, stream_attention_ref
+from echo_ext.attention import frame_shift, padded_attention, stream_attention, stream_attention_ref
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 # Around the sizes the kernel thinks in: 6 rows, 8 or 16 lanes, panels of 16 or 64 keys, tiles of 64 or 128, 420 rows.
@@ -69,6 +69,22 @@ def test_every_stream_of_a_batch_can_have_its_own_shift(isa):
         row = {tier: tuple(x[b : b + 1] for x in args[tier]) for tier in TIERS}
         alone, _ = run({"q": args["q"][b : b + 1], **row, "shift": args["shift"][b : b + 1]}, isa)
         assert_same_bits(out[b : b + 1], alone)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_a_shift_may_be_strided(isa):
+    args = make((2, 5, (20, 70, 33), 3, 16))
+    expected = run(args, isa)
+    wide = torch.full((1, 4, 4), float("nan"))
+    wide[..., ::2] = args["shift"]
+    assert_same_bits(run(args | {"shift": wide[..., ::2]}, isa), expected)
+
+
+@needs_kernels
+def test_a_shift_that_turns_nothing_is_not_looked_at():
+    args = make((2, 5, (20, 70, 33), 3, 16), tiers=("ring",))
+    plain = stream_attention(**args | {"shift": None}, backend="kernel_cpu")
+    assert_same_bits(stream_attention(**args | {"shift": args["shift"].double()}, backend="kernel_cpu"), plain)
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
@@ -194,6 +210,13 @@ def test_no_query_is_no_work():
     assert stream_attention(**args).shape == (2, 0, 3, 16)
 
 
+@pytest.mark.parametrize(("tokens", "heads"), [(0, 3), (5, 0)], ids=["no query", "no head"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_the_kernel_takes_no_query_and_no_head(isa, tokens, heads):
+    out, lse = run(make((2, tokens, (3, 2, 7), heads, 16)), isa)
+    assert (out.shape, lse.shape) == ((2, tokens, heads, 16), (2, heads, tokens))
+
+
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """Queries that the kernel was given."""
@@ -226,6 +249,20 @@ def test_the_kernel_is_taken_where_it_can_be(change, taken, kernel_calls):
     assert len(kernel_calls) == taken
     exact, _ = one_softmax(**args, scale=options.get("scale"))
     assert_no_worse_than(out.detach(), exact.to(out.dtype), exact)
+
+
+@needs_kernels
+def test_auto_leaves_bfloat16_to_amx_and_asking_by_name_does_not(kernel_calls, monkeypatch):
+    args = make((2, 5, (3, 2, 7), 3, 16), torch.bfloat16)
+    padded = args["q"], *args["ring"], 2
+    for amx in (False, True):
+        monkeypatch.setattr(_native, "cpu_has_amx", lambda amx=amx: amx)
+        kernel_calls.clear()
+        stream_attention(**args)
+        padded_attention(*padded)
+        assert len(kernel_calls) == (0 if amx else 2)
+        stream_attention(**args, backend="kernel_cpu")
+        assert len(kernel_calls) == (1 if amx else 3)
 
 
 def test_build_info_names_the_instruction_set_or_the_reason():
@@ -269,10 +306,13 @@ def strange(*shape, dtype=torch.float32, step=None):
         (views(last_count=0), "last_count must be 1, or more where the ring has a last key, got 0"),
         (views(ring=None, last_count=2), "last_count must be 1, or more where the ring has a last key, got 2"),
         (views(scale=0.0), "scale must be above 0, got 0"),
-        (views(shift=strange(3, 4, 2)), r"shift must be \(1 or 2, pairs, 2\), got float32 \(3, 4, 2\)"),
-        (views(shift=strange(1, 9, 2)), "shift must be"),
-        (views(shift=strange(1, 4, 4, step=2)), "shift has the wrong dtype or shape, or is not dense"),
-        (views(lse=strange(2, 5, 3)), "lse has the wrong dtype or shape"),
+        (views(shift=strange(3, 4, 2)), "shift has 3 rows for a batch of 2"),
+        (views(shift=strange(1, 9, 2)), r"shift has more than d / 2 pairs: float32 \(1, 9, 2\)"),
+        (views(shift=strange(1, 4, 2, dtype=torch.bfloat16)), "shift must be float32, got bfloat16"),
+        (views(shift=strange(1, 4, 4, step=2)), "shift must have a contiguous last dim"),
+        (views(shift=_native.view(zeros(1, 8, 2)[:, ::2])), "shift must be contiguous, got strides"),
+        (views(lse=strange(2, 5, 3)), r"lse must be \(2, 3, 5\), .* got \(2, 5, 3\)"),
+        (views(q=(2, 0, 3, 16), out=(2, 0, 3, 16), lse=strange(2, 3, 5)), r"lse must be \(2, 3, 0\)"),
         (views(isa="sse"), "isa must be avx2, avx512 or avx512_bf16, got sse"),
     ],
 )

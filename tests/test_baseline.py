@@ -33,7 +33,7 @@ def naive():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCH)
         yield importlib.import_module("naive")
-    for name in ("naive", "baseline"):
+    for name in ("naive", "baseline", "clock"):
         sys.modules.pop(name, None)
 
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import WHY_NONE
 from numerics import assert_no_worse_than
 from torch import nn
 
+from echo_ext import memory
 from echo_ext.gate import gate_blend, gate_blend_ref
 from echo_ext.memory import WriteGate, WriteLayer, memory_write, memory_xattn, memory_xattn_ref
 from echo_ext.rope import frame_table, grid_table, rope_rotate
@@ -133,6 +135,19 @@ def test_xattn_of_zero_queries_averages_the_values():
     out = memory_xattn(torch.zeros_like(q), list(zip(keys, values, strict=True)), norm_weight=norm)
     expected = torch.cat(values, dim=1).mean(dim=1, keepdim=True).expand_as(q)
     assert_no_worse_than(out, expected, expected)
+
+
+@pytest.mark.parametrize("change", [None, "strided", "gradient"])
+def test_a_lone_segment_is_read_as_a_stream_only_where_that_has_no_limits(change, monkeypatch):
+    q, keys, values, *_ = make_xattn((2, 5, (7,), 3, 16), requires_grad=change == "gradient")
+    if change == "strided":
+        keys = [torch.stack([x, x], dim=-1).flatten(-2)[..., ::2] for x in keys]
+    streams, plain = [], memory.stream_attention
+    monkeypatch.setattr(memory, "stream_attention", lambda q, **rest: streams.append(q) or plain(q, **rest))
+    out = memory_xattn(q, list(zip(keys, values, strict=True)))
+    assert len(streams) == (change is None and not WHY_NONE)
+    args = q, keys, values, None, EPS, 0.25, None, None
+    assert_no_worse_than(out.detach(), memory_xattn_ref(*args).detach(), memory_xattn_ref(*in_float64(args)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["f32", "f16", "bf16"])

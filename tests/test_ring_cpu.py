@@ -78,6 +78,24 @@ def test_number_of_threads_changes_no_bit(isa, dtype, threads):
         assert_same_bits(other, results[0])
 
 
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_slots_may_be_strided(isa):
+    args = make((2, 3, 5, 7, 3, 16), rows=2)
+    expected = copies(args)
+    out = _cpu.append(*positional(expected), isa=isa)
+    args["slots"] = args["slots"].T.contiguous().T
+    assert_same_bits(_cpu.append(*positional(args), isa=isa), out)
+    for ring in RINGS:
+        assert_same_bits(args[ring], expected[ring])
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_no_head_and_no_stream_are_no_work(isa):
+    for shape in ((2, 3, 5, 4, 0, 16), (0, 3, 5, 4, 3, 16)):
+        args = make(shape)
+        assert _cpu.append(*positional(args), isa=isa).shape == args["q"].shape
+
+
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """Queries that the kernel was given."""
@@ -126,21 +144,25 @@ def test_a_strided_last_dim_is_left_to_pytorch(kernel_calls):
     [
         ({"slots": [[0, 1, 4]]}, "slot 4 is outside a ring of 4 slots"),
         ({"slots": [[0, 1, -1]]}, "slot -1 is outside a ring of 4 slots"),
-        ({"slots": [[0, 1]]}, "slots has 2 frames, q 3"),
-        ({"slots": []}, "slots has 0 rows for a batch of 2"),
+        ({"slots": [[0, 1]]}, r"slots must be \(-1, 3\), .* got \(1, 2\)"),
+        ({"slots": [0, 1, 2]}, r"slots must be \(-1, 3\), .* got \(3,\)"),
+        ({"slots": [[0.0, 1.0, 2.0]]}, "slots must be int64, got float32"),
+        ({"slots": [[0, 1, 2]] * 3}, "slots has 3 rows for a batch of 2"),
+        ({"slots": torch.zeros(0, 3, dtype=torch.int64)}, "slots has 0 rows for a batch of 2"),
         ({"k": (2, 14, 3, 16)}, r"k is float32 \(2, 14, 3, 16\)"),
         ({"v": (2, 15, 2, 16)}, r"v is float32 \(2, 15, 2, 16\)"),
         ({"out": (1, 15, 3, 16)}, r"out is float32 \(1, 15, 3, 16\)"),
         ({"ring_k": (2, 21, 3, 16)}, r"ring_k is float32 \(2, 21, 3, 16\).* frames have 5 tokens"),
         ({"ring_v": (2, 15, 3, 16)}, r"ring_v is float32 \(2, 15, 3, 16\)"),
         ({"ring_raw": (2, 20, 3, 32)}, r"ring_raw is float32 \(2, 20, 3, 32\)"),
-        ({"q_weight": (47,)}, "q_weight has the wrong dtype or shape"),
-        ({"k_weight": (3, 16)}, "k_weight has the wrong dtype or shape"),
-        ({"frame_table": (1, 2, 4, 2)}, "frame_table has the wrong dtype or shape"),
+        ({"q_weight": (47,)}, r"q_weight must be \(48,\), .* got \(47,\)"),
+        ({"k_weight": (3, 16)}, r"k_weight must be \(48,\), .* got \(3, 16\)"),
+        ({"frame_table": (1, 2, 4, 2)}, r"frame_table must be \(-1, 3, 4, 2\), .* got \(1, 2, 4, 2\)"),
         ({"frame_table": (3, 3, 4, 2)}, "frame_table has 3 rows for a batch of 2"),
-        ({"key_frame_table": (1, 3, 3, 2)}, "key_frame_table has the wrong dtype or shape"),
+        ({"key_frame_table": (1, 3, 3, 2)}, r"key_frame_table must be \(-1, 3, 4, 2\), .* got"),
         ({"grid_table": (4, 4, 2)}, "q has 15 tokens, no whole number of frames of 4"),
         ({"grid_table": (5, 9, 2)}, "grid_table has more than d / 2 pairs"),
+        ({"grid_table": (5, 8, 2)}, r"frame_table must be \(-1, 3, 0, 2\), .* got \(1, 3, 4, 2\)"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -151,6 +173,7 @@ def test_binding_rejects_what_python_missed(change, message):
         **{"q_weight": (48,), "k_weight": (48,), "frame_table": (1, 3, 4, 2), "grid_table": (5, 4, 2)},
     }
     kept = {name: torch.zeros(shape) for name, shape in (shapes | change).items() if name != "slots"}
+    kept["slots"] = torch.as_tensor(change.get("slots", [[0, 1, 2]]))
     views = {"key_frame_table": None} | {name: _native.view(x) for name, x in kept.items()}
     with pytest.raises(ValueError, match=f"echo_ext: .*{message}"):
-        _native.module().ring_append_cpu(**views, slots=change.get("slots", [[0, 1, 2]]), eps=1e-6, threads=1)
+        _native.module().ring_append_cpu(**views, eps=1e-6, threads=1)

@@ -1,7 +1,8 @@
 // Planted faults. Under g++ the emulator can plant one at run time; under nvcc they vanish.
 //   SIMT_SKIP(n, statement);   the statement, left out by mutant n: around every barrier, wait and fence
 //   SIMT_OFF(n, expression)    the integer, one larger in mutant n: every bound that guards a load or store,
-//   every wrap SIMT_BUG(n)                whether mutant n is planted, for faults of another form
+//                              every wrap
+//   SIMT_BUG(n)                whether mutant n is planted, for faults of another form
 // n counts from 1 within a file; tests/test_mutants.py plants each and demands that the tests notice.
 #pragma once
 #if defined(SIMT_HOST)

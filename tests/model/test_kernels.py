@@ -75,7 +75,7 @@ def test_each_bfloat16_call_by_kernels_errs_no_more_than_pytorch(emulated, monke
     sampler = BlockSampler(generator, texts[0], counter_noise(5))
     with monkeypatch.context() as patch:  # the reference stream: PyTorch's ways throughout
         for module in ("attention", "gate", "memory", "norm", "ring", "rope"):
-            patch.setattr(f"echo_ext.{module}.use_reference", lambda *_: True, raising=False)
+            patch.setattr(f"echo_ext.{module}.without_cuda_kernel", lambda *_: True, raising=False)
         patch.setattr("echo_ext._native._C", None)
         for block in range(7):
             if block == 6:

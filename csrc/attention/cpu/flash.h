@@ -83,6 +83,11 @@ struct Flash {
     return take.used;
   }
 
+  // The task's head of `x`.
+  T* rows_of(const HeadRows& x) const {
+    return static_cast<T*>(x.ptr) + task.batch * x.batch + task.head * x.head;
+  }
+
   bool sums_exactly() const { return kPair > 1 && p.lse; }
 
   void run() {
@@ -107,7 +112,7 @@ struct Flash {
 
   // Query rows as [blocks][steps][kRows][kPair], and once more with their temporal pairs turned.
   void pack_queries() {
-    const T* base = static_cast<const T*>(p.q) + task.batch * p.q_batch + task.head * p.q_head;
+    const T* base = rows_of(p.q);
     const float* shift = p.shift ? p.shift + task.batch * p.shift_batch : nullptr;
     for (int64_t row = 0; row < blocks * kRows; ++row) {
       Operand* to = q + (row / kRows * steps * kRows + row % kRows) * kPair;
@@ -115,7 +120,7 @@ struct Flash {
       for (int64_t step = 0; step < steps; step += kLanes) {
         const int64_t count = smaller(kLanes, steps - step);
         Vec x = A::zero();
-        if (row < rows) x = A::load_row(base + (task.begin + row) * p.q_token + step * kPair, count);
+        if (row < rows) x = A::load_row(base + (task.begin + row) * p.q.token + step * kPair, count);
         A::store_operands(line, x);
         for (int64_t i = 0; i < count; ++i)
           memcpy(to + (step + i) * kRows * kPair, line + i * kPair, kPair * sizeof(Operand));
@@ -124,7 +129,7 @@ struct Flash {
     if (!shift) return;
     memcpy(turned, q, size_t(blocks * kRows * d) * sizeof(Operand));
     for (int64_t row = 0; row < rows; ++row) {
-      const T* x = base + (task.begin + row) * p.q_token;
+      const T* x = base + (task.begin + row) * p.q.token;
       Operand* to = turned + (row / kRows * steps * kRows + row % kRows) * kPair;
       const auto place = [&](int64_t i) { return to + i / kPair * (kRows * kPair) + i % kPair; };
       for (int64_t i = 0; i < p.shift_pairs; ++i) {
@@ -141,18 +146,17 @@ struct Flash {
     int64_t held = 0;
     for (int i = 0; i < count; ++i) {
       const AttentionTier& tier = tiers[i];
-      const T* key = static_cast<const T*>(tier.k) + task.batch * tier.k_batch + task.head * tier.k_head;
-      const T* value = static_cast<const T*>(tier.v) + task.batch * tier.v_batch + task.head * tier.v_head;
+      const T *key = rows_of(tier.k), *value = rows_of(tier.v);
       for (int64_t token = 0; token < tier.tokens; ++token) {
         if (held == tile) {
           pass(x, keys, values, held, 1);
           held = 0;
         }
-        keys[held] = key + token * tier.k_token;
-        values[held] = value + token * tier.v_token;
+        keys[held] = key + token * tier.k.token;
+        values[held] = value + token * tier.v.token;
         if (token + tile < tier.tokens) {
-          prefetch(keys[held] + tile * tier.k_token);
-          prefetch(values[held] + tile * tier.v_token);
+          prefetch(keys[held] + tile * tier.k.token);
+          prefetch(values[held] + tile * tier.v.token);
         }
         ++held;
       }
@@ -333,11 +337,11 @@ struct Flash {
   }
 
   void finish() {
-    T* base = static_cast<T*>(p.out) + task.batch * p.out_batch + task.head * p.out_head;
+    T* base = rows_of(p.out);
     float* lse = p.lse ? p.lse + (task.batch * p.heads + task.head) * p.tokens + task.begin : nullptr;
     for (int64_t row = 0; row < rows; ++row) {
       const float sum = A::total(A::load(sums + row * kLanes));
-      T* to = base + (task.begin + row) * p.out_token;
+      T* to = base + (task.begin + row) * p.out.token;
       for (int64_t i = 0; i < d; i += kLanes)
         A::store_wide(to + i, A::quotient(A::load(out + row * d + i), A::splat(sum)));
       if (!lse) continue;

@@ -13,6 +13,7 @@ inline constexpr int64_t kTaskElements = 1 << 15;  // a task this small costs no
 template <class Params>
 void run_token_tasks(void (*kernel)(const Params&, int64_t begin, int64_t end), const Params& params,
                      int64_t tokens, int64_t width, int threads) {
+  if (tokens == 0 || width == 0) return;
   struct Plan {
     void (*kernel)(const Params&, int64_t, int64_t);
     const Params& params;

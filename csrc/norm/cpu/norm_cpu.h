@@ -18,8 +18,8 @@ struct NormCpuParams {
   void* out = nullptr;          // (B, T, D), dense: the norm
   DType dtype = DType::kF32;    // float32 or bfloat16, of all
   int64_t batch = 0, tokens = 0, width = 0, frames = 0;
-  int64_t x_batch = 0, x_token = 0, y_batch = 0,
-          y_token = 0;  // strides in elements; those below 0 where one serves all
+  int64_t x_batch = 0, x_token = 0, y_batch = 0, y_token = 0;  // strides in elements
+  // Likewise, 0 where one vector serves all.
   int64_t gate_batch = 0, gate_frame = 0, shift_batch = 0, shift_frame = 0, scale_batch = 0, scale_frame = 0;
   float eps = 0;
   bool centred = true;  // LayerNorm; otherwise RMSNorm

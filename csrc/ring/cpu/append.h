@@ -6,8 +6,6 @@
 
 namespace echo {
 namespace {
-inline constexpr int64_t kMostHeadDim = 256;
-
 // A: instruction set; T: type of the tensors.
 template <class A, class T>
 struct Append {
@@ -51,7 +49,7 @@ struct Append {
 
   void run(int64_t begin, int64_t end) const {
     const int64_t frame_floats = 2 * p.frame_pairs, grid_floats = p.head_dim - frame_floats;
-    float table[kMostHeadDim], key_table[kMostHeadDim];
+    float table[kCpuMaxHeadDim], key_table[kCpuMaxHeadDim];
     for (int64_t number = begin; number < end; ++number) {
       const int64_t batch = number / (p.frames * p.frame_tokens),
                     token = number % (p.frames * p.frame_tokens);

@@ -3,16 +3,11 @@
 #pragma once
 #include <cstdint>
 
+#include "common/cpu/heads.h"
 #include "common/cpu/isa.h"
 #include "common/tensor_view.h"
 
 namespace echo {
-// (B, T, H, d) with d contiguous; strides in elements.
-struct HeadRows {
-  void* ptr = nullptr;
-  int64_t batch = 0, token = 0, head = 0;
-};
-
 struct RingAppendCpuParams {
   HeadRows q, k, v;                        // (B, F * frame_tokens, H, d)
   HeadRows out;                            // like q: rotated queries
