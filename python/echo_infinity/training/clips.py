@@ -64,6 +64,14 @@ class ClipMix:
                 "the local window when the curtain opens"
             )
 
+    def summary(self) -> str:
+        """Say in a line what the clips show."""
+        total = self.curtain + self.random_curtain + self.path + self.open
+        closed = f"curtains closed for {self.absence[0][0]}-{self.absence[-1][0]} blocks"
+        shares = {closed: self.curtain, "random curtains": self.random_curtain, "paths": self.path, "open": self.open}
+        parts = [f"{share / total:.0%} {kind}" for kind, share in shares.items() if share]
+        return ", ".join([*parts, f"{1 - self.unnamed:.0%} of prompts name the objects"])
+
 
 SHORT_ABSENCE = ClipMix()
 LONG_ABSENCE = ClipMix(absence=((2, 0.2), (3, 0.25), (4, 0.25), (5, 0.15), (6, 0.15)))
@@ -241,8 +249,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/clips"), help="folder of the clips")
     parser.add_argument("--count", type=int, default=3072)
     parser.add_argument("--latent-frames", type=int, default=33, help="latents a clip, a multiple of 3")
+    mixes = "; ".join(f"{name}: {mix.summary()}" for name, mix in MIXES.items())
     parser.add_argument(
-        "--mix", choices=MIXES, default="short", help="curtains closed for 2-4 blocks, for 2-6, or half open scenes"
+        "--mix", choices=MIXES, default="short", help=mixes.replace("%", "%%") + " (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
 
