@@ -11,6 +11,7 @@ from echo_infinity.ranks import Ranks
 from echo_infinity.training.clips import Clips, join_clips
 from echo_infinity.training.denoiser import Denoiser, clip_flow
 from echo_infinity.training.flow import FlowTrainer, FlowTraining, configure, object_share
+from echo_infinity.training.passes import StreamPasses
 from echo_infinity.weights import load_checkpoint, read_tensors, text_metadata, write_tensors
 from numerics import assert_same_bits
 
@@ -199,3 +200,34 @@ def test_a_setting_that_did_not_exist_yet_was_at_its_default(clips, config, tmp_
     assert FlowTrainer(SETTINGS, config, clips, tmp_path).resume()
     with pytest.raises(ValueError, match="made with settings"):
         FlowTrainer(replace(SETTINGS, accumulate=2), config, clips, tmp_path).resume()
+
+
+def test_a_given_image_is_seen_clean_and_counts_for_nothing(clips, config, tmp_path, monkeypatch):
+    seen = []
+
+    def flow_of(self, x_t, conditioning):
+        seen.append((x_t, conditioning.layers[0][0].shape[1]))
+        return torch.zeros_like(x_t)
+
+    monkeypatch.setattr(StreamPasses, "flow", flow_of)
+    settings = replace(SETTINGS, image_share=1.0, graded=6, own_context=0.0)
+    losses = []
+    for scale in (1.0, 100.0):  # of what the given frame holds
+        changed = replace(clips, latents=clips.latents.clone())
+        changed.latents[:, 0] *= scale
+        trainer = FlowTrainer(settings, configure(config, settings), changed, tmp_path)
+        losses.append(trainer.loss(torch.tensor([0, 1]), torch.Generator().manual_seed(0), graded=[0])[0].item())
+        x_t, levels = seen[-1]
+        assert_same_bits(x_t[:, 0], changed.latents[[0, 1], 0].float())
+        assert not torch.equal(x_t[:, 1], changed.latents[[0, 1], 1].float())
+        assert levels == 3
+    assert losses[0] == losses[1]
+
+
+def test_a_model_that_learned_to_start_from_an_image_says_so(clips, config, tmp_path):
+    for share in (0.0, 0.5):
+        settings = replace(SETTINGS, image_share=share, steps=1)
+        trainer = FlowTrainer(settings, configure(config, settings), clips, tmp_path / str(share))
+        assert trainer.train()
+        trainer.export(Codec(CodecConfig(8, 8, 8, 8, 8, 8)))
+        assert load_checkpoint(tmp_path / str(share) / "model").config.image_start == (share > 0)
