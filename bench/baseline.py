@@ -27,10 +27,11 @@ from pathlib import Path
 import torch
 from clock import idle
 from echo_infinity.config import EchoConfig, ModelConfig, WindowConfig, preset
+from echo_infinity.generator import Generator
 from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.model import CausalDiT
 from echo_infinity.noise import counter_noise
-from echo_infinity.sampler import BlockSampler, Generator
+from echo_infinity.sampler import BlockSampler
 from naive import WASTES, NaiveSampler
 from torch import Tensor
 

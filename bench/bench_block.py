@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from echo_infinity.config import preset
+from echo_infinity.generator import Generator
 from echo_infinity.memory import EvolvingMemory
 from echo_infinity.model import CausalDiT
 from echo_infinity.noise import counter_noise
-from echo_infinity.sampler import BlockSampler, Generator
+from echo_infinity.sampler import BlockSampler
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

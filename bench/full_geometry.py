@@ -20,10 +20,11 @@ import torch
 from clock import idle
 from echo_infinity.budget import Choice, items
 from echo_infinity.config import EchoConfig, preset
+from echo_infinity.generator import Generator
 from echo_infinity.memory import EvolvingMemory
 from echo_infinity.model import CausalDiT
 from echo_infinity.noise import counter_noise
-from echo_infinity.sampler import BlockSampler, Generator
+from echo_infinity.sampler import BlockSampler
 from echo_infinity.taehv import TinyConfig, TinyDecoder
 
 

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from echo_infinity.cache import KV, Call, RingKV
 from echo_infinity.config import EchoConfig, memory_grid
+from echo_infinity.generator import Generator
 from echo_infinity.memory import EvolvingMemory
 from echo_infinity.noise import counter_noise
 from echo_infinity.positions import grid_positions
 from echo_infinity.recall import StreamMemory
-from echo_infinity.sampler import BlockSampler, Generator
+from echo_infinity.sampler import BlockSampler
 from torch import Tensor
 
 from echo_ext import ring_append, stream_attention

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from echo_infinity.config import EchoConfig, ModelConfig, SamplerConfig, WindowConfig
+from echo_infinity.generator import Generator
 from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.model import CausalDiT
 from echo_infinity.noise import counter_noise
-from echo_infinity.sampler import BlockSampler, Generator
+from echo_infinity.sampler import BlockSampler
 from numerics import assert_same_bits, assert_stream_equal
 
 BENCH = Path(__file__).parents[1] / "bench"

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from echo_infinity.cache import KV
 from echo_infinity.finite import FiniteWatch
+from echo_infinity.generator import Generator
 from echo_infinity.model import TextKV
 from echo_infinity.noise import Noise
-from echo_infinity.sampler import BlockSampler, Generator
+from echo_infinity.sampler import BlockSampler
 
 if TYPE_CHECKING:
     from echo_infinity.stream import Stream

@@ -14,6 +14,7 @@ from echo_infinity.batch import BatchSampler, StreamBatch
 from echo_infinity.cache import KV
 from echo_infinity.codec import SPACE_STRIDE, TIME_STRIDE
 from echo_infinity.fp8 import MODES, Fp8Linear, narrow_weights
+from echo_infinity.generator import Generator
 from echo_infinity.noise import Noise, counter_noise
 from echo_infinity.parallel.lead import Lead
 from echo_infinity.parallel.split import Split
@@ -21,7 +22,7 @@ from echo_infinity.parts import LatentsOnly, PartOptions
 from echo_infinity.policies import POLICIES, make_generator
 from echo_infinity.prompts import TimedPrompt
 from echo_infinity.ranks import Ranks
-from echo_infinity.sampler import BlockSampler, Generator
+from echo_infinity.sampler import BlockSampler
 from echo_infinity.settings import Callback, PromptChange, StreamSettings, frame_count
 from echo_infinity.state import SavedStream, check_model, environment, read_state, warn_differences
 from echo_infinity.stream import Stream

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 from echo_infinity.config import EchoConfig, ModelConfig, SamplerConfig, WindowConfig
+from echo_infinity.generator import Generator
 from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.model import CausalDiT
-from echo_infinity.sampler import BlockSampler, Generator
+from echo_infinity.sampler import BlockSampler
 from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"

@@ -8,10 +8,11 @@ import torch
 from echo_infinity.cache import Geometry, RingKV
 from echo_infinity.config import WindowConfig
 from echo_infinity.fp8 import MODES, Fp8Linear, Fp8RingKV, narrow, narrow_weights, widen
+from echo_infinity.generator import Generator
 from echo_infinity.noise import counter_noise
 from echo_infinity.pipeline import EchoPipeline
 from echo_infinity.policies import make_generator
-from echo_infinity.sampler import BlockSampler, Generator
+from echo_infinity.sampler import BlockSampler
 from echo_infinity.state import ResumeWarning
 from echo_infinity.weights import Checkpoint, load_checkpoint
 from micro import golden_noise, load, micro_generator

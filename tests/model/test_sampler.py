@@ -7,10 +7,11 @@ import pytest
 import torch
 from echo_infinity.config import EchoConfig, ModelConfig, SamplerConfig, WindowConfig
 from echo_infinity.finite import NonFiniteError
+from echo_infinity.generator import Generator
 from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.model import CausalDiT
 from echo_infinity.noise import counter_noise
-from echo_infinity.sampler import BlockSampler, Generator
+from echo_infinity.sampler import BlockSampler
 from micro import load
 from numerics import assert_golden, assert_no_worse_than, assert_same_bits
 from plain import PlainSampler

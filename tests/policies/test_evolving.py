@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from echo_infinity.generator import Generator
 from echo_infinity.noise import counter_noise
 from echo_infinity.policies import POLICIES, make_sampler
-from echo_infinity.sampler import BlockSampler, Generator
+from echo_infinity.sampler import BlockSampler
 from numerics import assert_same_bits
 from seen import WINDOWS, encode, make_checkpoint
 

@@ -8,9 +8,10 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from echo_infinity.adapters.diffusers import attach
 from echo_infinity.finite import NoWatch
+from echo_infinity.generator import Generator
 from echo_infinity.memory import EvolvingMemory, MemoryConfig
 from echo_infinity.noise import counter_noise
-from echo_infinity.sampler import BlockSampler, Generator
+from echo_infinity.sampler import BlockSampler
 from numerics import assert_library_equal, assert_same_bits
 from wan import ours, transformer, with_exact_angles
 

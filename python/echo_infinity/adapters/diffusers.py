@@ -10,10 +10,11 @@ from torch.nn import functional as nnf
 
 from echo_infinity.cache import KV, Call
 from echo_infinity.config import EchoConfig, ModelConfig, SamplerConfig, WindowConfig
+from echo_infinity.generator import Generator
 from echo_infinity.memory import EvolvingMemory
 from echo_infinity.model import Cache
 from echo_infinity.noise import Noise, counter_noise
-from echo_infinity.sampler import BlockSampler, Generator
+from echo_infinity.sampler import BlockSampler
 
 
 def attach(

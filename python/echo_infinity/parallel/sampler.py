@@ -11,11 +11,12 @@ from torch import Tensor
 
 from echo_infinity.cache import KV, Call, RingKV
 from echo_infinity.finite import NoWatch
+from echo_infinity.generator import Generator
 from echo_infinity.model import Conditioning
 from echo_infinity.noise import Noise
 from echo_infinity.parallel.ring import SplitFp8Ring, SplitRing
 from echo_infinity.parallel.split import Split
-from echo_infinity.sampler import BlockSampler, Generator, memory_part
+from echo_infinity.sampler import BlockSampler, memory_part
 
 if TYPE_CHECKING:
     from echo_infinity.parallel.lead import Lead

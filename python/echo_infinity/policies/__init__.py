@@ -11,6 +11,7 @@ from types import MappingProxyType
 import torch
 
 from echo_infinity.cache import KV
+from echo_infinity.generator import Generator
 from echo_infinity.noise import Noise
 from echo_infinity.policies.ema import MovingAverage
 from echo_infinity.policies.evolving import Evolving
@@ -21,7 +22,7 @@ from echo_infinity.policies.pooled import MeanPooled
 from echo_infinity.policies.rolling import RollingSink
 from echo_infinity.policies.sink import SinkWindow
 from echo_infinity.policies.window import WindowOnly
-from echo_infinity.sampler import BlockSampler, Generator
+from echo_infinity.sampler import BlockSampler
 from echo_infinity.weights import Checkpoint
 
 __all__ = ["POLICIES", "Policy", "find_policy", "make_generator", "make_sampler"]
