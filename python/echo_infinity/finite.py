@@ -15,6 +15,14 @@ class NonFiniteError(RuntimeError):
     """A block came out with NaN or Inf; the stream stopped. A state saved before it is the last good one."""
 
 
+def is_finite(x: Tensor) -> bool:
+    """Whether ``x`` holds neither NaN nor Inf; found on the CPU where the device has no room for the answer."""
+    try:
+        return bool(torch.isfinite(x).all())
+    except torch.OutOfMemoryError:
+        return bool(torch.isfinite(x.cpu()).all())
+
+
 class FiniteWatch:
     """Ask of every block whether it is finite; on a GPU the answer is read when it is there.
 

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from echo_infinity.batch import BatchSampler, StreamBatch
-from echo_infinity.cache import KV
-from echo_infinity.codec import SPACE_STRIDE, TIME_STRIDE
-from echo_infinity.fp8 import MODES, Fp8Linear, narrow_weights
-from echo_infinity.generator import Generator
+from echo_infinity.batch import StreamBatch
+from echo_infinity.codec import TIME_STRIDE
+from echo_infinity.engine import Engine
 from echo_infinity.noise import Noise, counter_noise
-from echo_infinity.parallel.lead import Lead
-from echo_infinity.parallel.split import Split
 from echo_infinity.parts import LatentsOnly, PartOptions
-from echo_infinity.policies import POLICIES, make_generator
 from echo_infinity.prompts import TimedPrompt
 from echo_infinity.ranks import Ranks
-from echo_infinity.sampler import BlockSampler
+from echo_infinity.rows import BatchSampler
 from echo_infinity.settings import Callback, PromptChange, StreamSettings, frame_count
-from echo_infinity.state import SavedStream, check_model, environment, read_state, warn_differences
+from echo_infinity.state import SavedStream, check_model, read_state, warn_differences
 from echo_infinity.stream import Stream
-from echo_infinity.weights import Checkpoint, load_checkpoint
+from echo_infinity.weights import load_checkpoint
 
 
-class EchoPipeline:
+class EchoPipeline(Engine):
     """A text-to-video generator; any number of streams may run on it at the same time.
 
     Args:
@@ -40,33 +35,6 @@ class EchoPipeline:
         kv: "full", or "fp8" to keep cached keys and values in e4m3.
         ranks: processes that share the work of each stream, see :mod:`echo_infinity.parallel`.
     """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        source: str | None = None,
-        parts: Mapping[str, str] | None = None,
-        *,
-        weights: str = "full",
-        kv: str = "full",
-        ranks: Ranks | None = None,
-    ) -> None:
-        for name, mode in (("weights", weights), ("kv", kv)):
-            if mode not in MODES:
-                raise ValueError(f"{name} must be one of {', '.join(MODES)}, got {mode!r}")
-        self.config, self.fingerprint, self.source = checkpoint.config, checkpoint.fingerprint, source
-        self.parts = dict(parts or {})
-        self.model, self.memory, self.codec = checkpoint.model, checkpoint.memory, checkpoint.codec
-        self._text, self._checkpoint = checkpoint.text, checkpoint
-        parameter = next(self.model.parameters())
-        self.device, self.dtype, self.weights, self.kv = parameter.device, parameter.dtype, weights, kv
-        if weights == "fp8":
-            narrow_weights(self.model)  # in place: the checkpoint's own
-        elif any(isinstance(x, Fp8Linear) for x in self.model.modules()):
-            raise ValueError("another pipeline narrowed this checkpoint's weights to fp8: load it again")
-        self._generators: dict[str, Generator] = {}
-        several = ranks is not None and ranks.mesh is not None
-        self.lead = Lead(Split(self.config, ranks)) if several and ranks is not None else None
 
     @classmethod
     def from_pretrained(
@@ -110,24 +78,6 @@ class EchoPipeline:
         kept |= {name: mode for name, mode in (("weights", weights), ("kv", kv)) if mode != "full"}
         return cls(checkpoint, source, kept, weights=weights, kv=kv, ranks=ranks)
 
-    def environment(self) -> dict[str, Any]:
-        """Return what a bit-exact continuation needs beside weights and configuration."""
-        found = environment(self.device, self.dtype)
-        narrowed = [name for name, mode in (("weights", self.weights), ("kv", self.kv)) if mode == "fp8"]
-        processes = 1 if self.lead is None else self.lead.split.world
-        dtype = f"{found['dtype']}, fp8 {' and '.join(narrowed)}" if narrowed else found["dtype"]
-        return {**found, "dtype": dtype, "processes": processes}
-
-    @property
-    def fps(self) -> int:
-        """Frames a second."""
-        return self.config.fps
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of a frame in pixels."""
-        return self.config.latent_rows * SPACE_STRIDE, self.config.latent_columns * SPACE_STRIDE
-
     def stream(
         self,
         prompt: str,
@@ -164,7 +114,7 @@ class EchoPipeline:
             ValueError: an empty or too long prompt, a seed out of range, an unknown option, memory asked of a model
                 without one, or an image of one that was not trained to start from it.
         """
-        memory = memory or ("on" if self._remembers else "off")
+        memory = memory or ("on" if self.remembers else "off")
         settings = StreamSettings(
             seed, noise, memory, memory_dtype, output_type, callback, autosave, autosave_every
         )  # fmt: skip
@@ -205,7 +155,7 @@ class EchoPipeline:
         if not prompts or len(prompts) != len(seeds) or (images is not None and len(images) != len(prompts)):
             counts = f"{len(prompts)} prompts, {len(seeds)} seeds" + (f", {len(images)} images" if images else "")
             raise ValueError(f"a batch needs a prompt and a seed for each stream, got {counts}")
-        memory = memory or ("on" if self._remembers else "off")
+        memory = memory or ("on" if self.remembers else "off")
         settings = [StreamSettings(s, None, memory, memory_dtype, output_type, callback) for s in seeds]
         self._check_request(settings[0], schedule)
         batch = self._batch([PromptChange(prompt, 0) for prompt in prompts], settings)
@@ -339,56 +289,3 @@ class EchoPipeline:
                 outputs.append(next(stream))
             latents = stream.settings.output_type == "latents"
         return torch.cat(outputs)[: -(-(count - 1) // TIME_STRIDE) + 1 if latents else count]
-
-    @torch.inference_mode()
-    def encode_prompt(self, prompt: str) -> list[KV]:
-        """Return each layer's cross-attention K/V of a prompt.
-
-        Raises:
-            ValueError: empty, too long, or without a known word.
-        """
-        return self.model.encode_text(self._text.encode([prompt]))
-
-    def check_prompts(self, schedule: Sequence[TimedPrompt]) -> None:
-        """Refuse now what would fail when its time has come.
-
-        Raises:
-            ValueError: a prompt is empty, too long, or without a known word.
-        """
-        for later in schedule:
-            self._text.encode([later.prompt])
-
-    def sampler(
-        self, memory: str, text: list[KV], noise: Noise, memory_dtype: torch.dtype | None = None
-    ) -> BlockSampler:
-        """Start a stream's sampler, on all processes where there are several.
-
-        Raises:
-            ValueError: memory asked of a model without one, or this is not the first process.
-            ProcessesError: another process failed or ended.
-        """
-        if self.lead is not None:
-            return self.lead.sampler(self, memory, text, noise, memory_dtype)
-        return BlockSampler(self.generator(memory), text, noise, memory_dtype=memory_dtype)
-
-    def generator(self, memory: str) -> Generator:
-        """Return what the streams with this memory ("on", "off", "frozen") share.
-
-        Raises:
-            ValueError: memory asked of a model without one.
-        """
-        if (memory == "on" and not self._remembers) or (memory == "frozen" and self.memory is None):
-            raise ValueError(f"memory is {memory!r} but the model {self.config.name} has none: use 'off'")
-        if memory not in self._generators:
-            self._generators[memory] = self._make_generator(memory)
-        return self._generators[memory]
-
-    @property
-    def _remembers(self) -> bool:
-        return self.memory is not None or self.config.policy not in ("evolving", "window", "sink")
-
-    def _make_generator(self, memory: str) -> Generator:
-        if memory == "on":
-            return make_generator(self._checkpoint, kv=self.kv)
-        kept = POLICIES["frozen" if memory == "frozen" else "sink"]
-        return Generator(self.config, self.model, kept.module(self.memory), kept.recall, kv=self.kv)

@@ -79,7 +79,8 @@ class BlockSampler:
             NonFiniteError: the block holds NaN or Inf (on a GPU perhaps an earlier one: the loop does not wait for the
                 answer); the stream's window and memory may be spoilt: resume from the last saved state.
             OutOfMemoryError: torch's; the stream is where it was before the block, and can be saved or tried again
-                (under the policies with the model's own memory; what another policy keeps may be spoilt).
+                (under the policies with the model's own memory; what another policy keeps may be spoilt). So it is
+                after any other interruption, Ctrl-C among them.
         """
         self.finite.check()
         return self._next()
@@ -94,7 +95,7 @@ class BlockSampler:
                 x = self.graphs.run(call)
             if x is None:
                 x = self.run_calls(call, self.draw)
-        except torch.OutOfMemoryError:
+        except BaseException:
             undo.back()
             raise
         self.finite.note(x, self.block)
@@ -110,6 +111,11 @@ class BlockSampler:
         Raises:
             ValueError: the weights were not trained for it, the shot has begun, or latents of another shape.
         """
+        self.check_image(image)
+        self.image = image.to(self.generator.device, torch.float32)
+
+    def check_image(self, image: Tensor) -> None:
+        """Refuse an image as :meth:`start_from` does; a batch's rows give theirs one at a time."""
         if not self.generator.config.image_start:
             raise ValueError(
                 f"the model {self.generator.config.name} was not trained to go on from an image (image_start in its "
@@ -122,7 +128,6 @@ class BlockSampler:
             raise ValueError("a block of one frame leaves nothing to generate from an image")
         if image.shape != (batch, 1, *rest):
             raise ValueError(f"an image of this stream is {(batch, 1, *rest)}, got {tuple(image.shape)}")
-        self.image = image.to(self.generator.device, torch.float32)
 
     def run_calls(self, call: Call, draw: Callable[[int], Tensor]) -> Tensor:
         """Run a block's calls: denoising, the memory's write beside the first of them, the context pass.
@@ -216,8 +221,8 @@ class BlockSampler:
         Args:
             text: per layer K/V of the new prompt.
         """
-        self.text, self.first_block, self.frame, self.image = text, self.block, 0, None
-        self.memory = self._make_memory()
+        memory = self._make_memory()  # may run out of memory: nothing has changed then
+        self.text, self.first_block, self.frame, self.image, self.memory = text, self.block, 0, None, memory
         if self.graphs is not None:
             self.graphs = BlockGraphs(self)
 

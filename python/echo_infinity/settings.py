@@ -53,6 +53,16 @@ class StreamSettings:
         if not self.autosave_every >= 0:
             raise ValueError(f"autosave_every is seconds >= 0, got {self.autosave_every}")
 
+    def meta(self) -> dict[str, Any]:
+        """Return what a saved stream keeps of them, as JSON values."""
+        return {
+            "seed": self.seed,
+            "noise": "counter" if self.noise is None else "injected",
+            "memory": self.memory,
+            "memory_dtype": None if self.memory_dtype is None else str(self.memory_dtype).removeprefix("torch."),
+            "output_type": self.output_type,
+        }
+
 
 def frame_count(seconds: float, fps: int) -> int:
     """Return the number of frames of a length.

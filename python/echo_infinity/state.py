@@ -46,6 +46,10 @@ class SavedVideo:
     target: int | None
     rest: Tensor
 
+    def meta(self) -> dict[str, Any]:
+        """Return all but the frames as JSON values."""
+        return {"position": self.position.to_dict(), "path": self.path, "target": self.target}
+
 
 @dataclass(frozen=True)
 class SavedStream:

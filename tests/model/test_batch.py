@@ -124,7 +124,7 @@ def test_streams_at_different_blocks_are_not_resumed_in_a_batch(tmp_path):
         stream = pipe.stream(CIRCLE, seed=i)
         take(stream, 2 + i)
         stream.save(tmp_path / f"{i}")
-    with pytest.raises(ValueError, match=r"different blocks, frames \[6, 9\]"):
+    with pytest.raises(ValueError, match=r"different blocks, frames \[6, 9\] of shots that began with blocks \[0\]"):
         pipe.resume_batch([tmp_path / "0", tmp_path / "1"])
 
 
@@ -202,3 +202,75 @@ def test_a_bad_number_of_prompts_and_seeds_is_refused(echo, words, message, caps
     except SystemExit as stop:
         code, err = stop.code, capsys.readouterr().err
     assert (code, message in err) == (2, True), err
+
+
+def test_nan_in_one_stream_leaves_none_to_be_saved(tmp_path):
+    batch = small_pipe().batch([CIRCLE] * 2, [1, 2])
+    take(batch, 5)
+    good = batch._sampler.noises[1]
+    batch._sampler.noises[1] = lambda b, s, shape: good(b, s, shape) * float("nan")
+    with pytest.raises(NonFiniteError):
+        next(batch)
+    batch._sampler.noises[1] = good
+    for attempt in (lambda: next(batch), *(lambda x=x: x.save(tmp_path / "s") for x in batch.streams)):
+        with pytest.raises(NonFiniteError):
+            attempt()
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_cut_of_a_stream_that_is_asked_to_advance_alone_is_refused_and_nothing_is_lost():
+    batch, untouched = (small_pipe().batch([CIRCLE] * 2, [1, 2]) for _ in range(2))
+    take(batch, 2), take(untouched, 2)
+    for stream in (*batch.streams, *untouched.streams):
+        stream.switch(SQUARE, cut=True)
+    with pytest.raises(ValueError, match="advances with its batch"):
+        next(batch.streams[0])
+    assert_same_bits(take(batch, 3), take(untouched, 3))
+    assert batch.streams[0].frames == untouched.streams[0].frames == 12 * 5 - 6
+
+
+def test_a_memory_that_cant_start_over_among_the_others_is_refused_and_nothing_is_lost():
+    pipe = small_pipe(write_every=2)
+    batch, untouched = (pipe.batch([CIRCLE] * 2, [1, 2], output_type="latents") for _ in range(2))
+    while not any("pending" in name for name in batch._sampler.tensors(0)) or batch.streams[0].block < 7:
+        take(batch, 1), take(untouched, 1)
+    batch.streams[0].switch(SQUARE, memory_recache=True)
+    with pytest.raises(ValueError, match="one stream's memory can't start over here"):
+        next(batch)
+    for stream in (batch.streams[0], untouched.streams[0]):
+        stream.switch(SQUARE)
+    assert_same_bits(take(batch, 4), take(untouched, 4))
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_row_that_could_not_be_decoded_is_decoded_at_the_next_call(monkeypatch, error):
+    pipe = small_pipe()
+    expected = take(pipe.batch([CIRCLE] * 2, [1, 2]), 4)
+    batch, count, plain = pipe.batch([CIRCLE] * 2, [1, 2]), itertools.count(), pipe.codec.decode
+
+    def decode(*args):
+        if next(count) == 3:
+            raise error
+        return plain(*args)
+
+    monkeypatch.setattr(pipe.codec, "decode", decode)
+    made = take(batch, 1)
+    with pytest.raises(error):
+        next(batch)
+    assert_same_bits(made + take(batch, 3), expected)
+
+
+def test_callbacks_are_called_once_all_streams_have_their_block(tmp_path):
+    told, pipe = [], small_pipe()
+
+    def callback(stream, block, output):
+        told.append((batch.streams.index(stream), block, [len(other.waiting) for other in batch.streams]))
+        if told[-1][:2] == (0, 1):
+            raise OSError("the callback's own")
+
+    batch = pipe.batch([CIRCLE] * 2, [1, 2], callback=callback)
+    take(batch, 1)
+    with pytest.raises(OSError, match="own"):
+        next(batch)
+    take(batch, 1)
+    assert told == [(0, 0, [0, 0]), (1, 0, [0, 0]), (0, 1, [0, 0]), (0, 2, [0, 0]), (1, 2, [0, 0])]

@@ -122,3 +122,22 @@ def test_a_file_that_is_no_picture_is_refused(echo, folder, content):
     code, _, err = echo(CIRCLE, "--image", "p.png", "--frames", 9, "-o", "out.mp4")
     assert (code, "p.png" in err) == (2, True), err
     assert not (folder / "out.mp4").exists()
+
+
+def test_a_stream_of_a_batch_refuses_an_image_at_once_and_goes_on():
+    batch, untouched = (small_pipe().batch([CIRCLE] * 2, [1, 2], output_type="latents") for _ in range(2))
+    with pytest.raises(ValueError, match="was not trained to go on from an image"):
+        batch.streams[0].start_from(picture())
+    assert_same_bits(take(batch, 1), take(untouched, 1))
+    begun, plain = (pipe().batch([CIRCLE] * 2, [1, 2], output_type="latents") for _ in range(2))
+    take(begun, 1), take(plain, 1)
+    with pytest.raises(ValueError, match="the shot has begun"):
+        begun.streams[0].start_from(picture())
+    assert_same_bits(take(begun, 1), take(plain, 1))
+
+
+def test_generate_leaves_no_video_where_a_batch_cant_start_from_its_image(echo, folder):
+    Image.fromarray(picture().numpy()).save(folder / "p.png")
+    code, _, err = echo(CIRCLE, "--seed", "1,2", "--image", "p.png", "--frames", 9, "-o", "out.mp4")
+    assert (code, "was not trained to go on from an image" in err) == (2, True)
+    assert not list(folder.glob("out*"))

@@ -59,3 +59,14 @@ def test_the_cpu_has_one_lane():
         x += 1
     assert not lane._events
     assert x.eq(1).all()
+
+
+def test_blocks_that_nobody_decodes_leave_no_marks(monkeypatch):
+    marks = []
+    monkeypatch.setattr(Lane, "made", lambda lane: marks.append(lane))
+    latents, pixels = small_pipe().stream(CIRCLE, output_type="latents"), small_pipe().stream(CIRCLE)
+    for _ in range(3):
+        next(latents)
+    assert not marks
+    next(pixels)
+    assert len(marks) == 1

@@ -198,3 +198,62 @@ def test_a_stream_goes_on_with_less(tmp_path, lower):
     with pytest.warns(UserWarning, match="dtype was float32, is float32, fp8"):
         resumed = pipe.resume(tmp_path / "s.safetensors")
     assert (resumed.block, next(resumed).shape) == (6, (12, 32, 32, 3))
+
+
+@pytest.mark.parametrize("blocks", [0, 4, 9])
+@pytest.mark.parametrize("call", [1, 2, 5])
+def test_a_block_that_was_interrupted_is_made_again_with_the_same_bits(monkeypatch, blocks, call):
+    pipe = small_pipe()
+    expected = list(itertools.islice(pipe.stream(CIRCLE, output_type="latents"), blocks + 4))[blocks:]
+    stream = pipe.stream(CIRCLE, output_type="latents")
+    list(itertools.islice(stream, blocks))
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "raise_out_of_memory", interrupt)
+        patch.setattr(stream._sampler.generator, "model", Full(pipe.model, call, layer=1))
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    assert_same_bits(list(itertools.islice(stream, 4)), expected)
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_cut_that_ran_out_of_memory_is_tried_again_with_the_same_bits(tmp_path, monkeypatch, count):
+    pipe = small_pipe()
+
+    def streams():
+        """Streams before a cut, and what makes their next blocks."""
+        batch = pipe.batch([CIRCLE] * count, range(count)) if count > 1 else None
+        found = [pipe.stream(CIRCLE)] if batch is None else batch.streams
+        more = (lambda: [next(found[0])]) if batch is None else (lambda: next(batch))
+        for _ in range(6):
+            more()
+        for stream in found:
+            stream.switch(SQUARE, cut=True)
+        return found, more
+
+    (_, plain), (cut, again) = streams(), streams()
+    expected = [plain() for _ in range(6)]
+    generator = cut[0]._sampler.generator
+    with monkeypatch.context() as patch:
+        patch.setattr(generator, "recall", raise_out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            again()
+        paths = [tmp_path / f"{i}" for i in range(count)]
+        for stream, path in zip(cut, paths, strict=True):
+            assert (stream.frames, len(stream.prompts)) == (69, 1)
+            stream.save(path)
+    assert_same_bits([again() for _ in range(6)], expected)
+    resumed = pipe.resume_batch(paths) if count > 1 else ([frames] for frames in pipe.resume(paths[0]))
+    assert_same_bits(list(itertools.islice(resumed, 6)), expected)
+
+
+def test_a_stream_is_saved_where_there_is_no_room_to_look_for_nan(tmp_path, monkeypatch):
+    stream = small_pipe().stream(CIRCLE)
+    next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "isfinite", fails_at(torch.isfinite, 0))
+        stream.save(tmp_path / "s.safetensors")
+    assert_same_bits(next(small_pipe().resume(tmp_path / "s.safetensors")), next(stream))

@@ -205,7 +205,7 @@ def test_nan_that_hides_in_the_cache_is_never_saved(tmp_path):
 def test_nan_from_the_decoder_stops_the_stream():
     stream = small_pipe().stream(CIRCLE)
     next(stream)
-    stream._decoder = {"decoder": torch.full_like(stream._decoder["decoder"], float("nan"))}
+    stream.shots.decoder.state = {"decoder": torch.full_like(stream.shots.decoder.state["decoder"], float("nan"))}
     for _ in range(2):
         with pytest.raises(NonFiniteError, match="decoder"):
             next(stream)

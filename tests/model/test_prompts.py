@@ -4,7 +4,9 @@ import itertools
 
 import pytest
 from echo_infinity.noise import counter_noise
+from echo_infinity.pipeline import EchoPipeline
 from echo_infinity.prompts import TimedPrompt, parse_schedule, read_schedule
+from echo_infinity.state import read_state
 from numerics import assert_same_bits
 from small import CIRCLE, SQUARE, small_pipe
 
@@ -154,3 +156,67 @@ def test_a_bad_prompt_file_is_refused_before_anything_is_made(echo, folder, word
     code, _, err = echo(*words, "--frames", 9, "-o", "out.mp4")
     assert (code, message in err) == (2, True), err
     assert not (folder / "out.mp4").exists()
+
+
+def test_a_scheduled_prompt_that_cant_be_encoded_yet_is_still_to_come(tmp_path, monkeypatch):
+    pipe, plan = small_pipe(), [TimedPrompt(1, SQUARE, cut=True)]
+    expected = take(pipe.stream(CIRCLE, schedule=plan), 4)
+    stream = pipe.stream(CIRCLE, schedule=plan)
+    made = take(stream, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(stream.shots.script, "_encode", refuse)
+        with pytest.raises(OSError, match="the encoder is gone"):
+            next(stream)
+    stream.save(tmp_path / "s.safetensors")
+    assert_same_bits(made + take(stream, 2), expected)
+    assert_same_bits(made + take(pipe.resume(tmp_path / "s.safetensors"), 2), expected)
+
+
+def refuse(prompt):
+    raise OSError("the encoder is gone")
+
+
+def test_a_cut_that_was_asked_for_cuts_though_a_scheduled_prompt_takes_its_place():
+    stream = small_pipe().stream(CIRCLE, schedule=[TimedPrompt(1, CROSS)])
+    take(stream, 2)
+    stream.switch(SQUARE, cut=True)
+    take(stream, 1)
+    assert [(p.prompt, p.block, p.cut) for p in stream.prompts][1:] == [(CROSS, 2, True)]
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3, 4, 5])
+def test_the_same_schedule_given_again_changes_nothing(tmp_path, blocks):
+    pipe, plan = small_pipe(), (TimedPrompt(0, CIRCLE), TimedPrompt(1, SQUARE, cut=True), TimedPrompt(2, CROSS))
+    stream, again = (pipe.stream(CIRCLE, schedule=plan[1:]) for _ in range(2))
+    expected = take(stream, 7)
+    take(again, blocks)
+    again.reschedule(plan)
+    assert_same_bits(take(again, 7 - blocks), expected[blocks:])
+    assert again.prompts == stream.prompts
+
+
+def test_another_schedule_replaces_what_waits_and_what_was_to_come():
+    stream = small_pipe().stream(CIRCLE, schedule=[TimedPrompt(3, CROSS)])
+    take(stream, 2)
+    stream.switch(SQUARE, cut=True)
+    stream.reschedule([TimedPrompt(0, CIRCLE), TimedPrompt(2, SQUARE)])
+    take(stream, 4)
+    assert [(p.prompt, p.block, p.cut) for p in stream.prompts] == [(CIRCLE, 0, False), (SQUARE, 3, False)]
+
+
+def test_a_prompt_beside_resume_replaces_one_that_waits(echo, folder, small_folder):
+    stream = EchoPipeline.from_pretrained(small_folder).stream(CIRCLE)
+    take(stream, 2)
+    stream.switch(SQUARE)
+    stream.save("s.safetensors")
+    assert echo(CIRCLE, "--resume", "s.safetensors", "--frames", 9, "--no-video", "--save", "t.safetensors")[0] == 0
+    assert {change["prompt"] for change in read_state("t.safetensors").meta["prompts"]} == {CIRCLE}
+
+
+def test_generate_given_its_prompt_file_again_still_cuts(echo, folder):
+    (folder / "p.txt").write_text(f"{CIRCLE}\n[1s] | {SQUARE}\n")
+    words = ["--prompt-file", "p.txt", "--no-video"]
+    assert echo(*words, "--frames", 60, "--raw-hashes", "a.txt")[0] == 0
+    assert echo(*words, "--frames", 20, "--raw-hashes", "b.txt", "--save", "b.safetensors")[0] == 0
+    assert echo(*words, "--resume", "b.safetensors", "--frames", 60, "--raw-hashes", "b.txt")[0] == 0
+    assert (folder / "a.txt").read_text() == (folder / "b.txt").read_text()

@@ -17,7 +17,7 @@ from echo_infinity.commands.places import hold_places, numbered, state_path
 from echo_infinity.image import load_image
 from echo_infinity.parallel import Ranks
 from echo_infinity.pipeline import EchoPipeline
-from echo_infinity.prompts import TimedPrompt, due, read_schedule
+from echo_infinity.prompts import read_schedule
 from echo_infinity.record import append_line
 from echo_infinity.settings import frame_count
 from echo_infinity.state import SavedStream, SavedVideo
@@ -156,7 +156,7 @@ def _open_streams(
             if args.prompt:
                 _switch(stream, args.prompt[i % len(args.prompt)])
             if schedule:
-                _reschedule(pipe, stream, schedule)
+                stream.reschedule(schedule)
         return streams, batch
     wanted = rows(args.prompt or [schedule[0].prompt], args.seed or [0])
     images = [load_image(path, pipe.size) for path in args.image or []]
@@ -177,17 +177,8 @@ def _open_streams(
 
 
 def _switch(stream: Stream, prompt: str) -> None:
-    if prompt != stream.prompt:
+    if stream.switching or prompt != stream.prompt:
         stream.switch(prompt)
-
-
-def _reschedule(pipe: EchoPipeline, stream: Stream, schedule: Sequence[TimedPrompt]) -> None:
-    """Follow another schedule from here on: what should be in effect by now, and all that is still to come."""
-    passed = due(schedule, stream.seconds)
-    pipe.check_prompts(schedule[passed:])
-    _switch(stream, schedule[passed - 1].prompt)
-    stream.schedule.clear()
-    stream.schedule.extend(schedule[passed:])
 
 
 def _open_job(args: argparse.Namespace, stream: Stream, saved: SavedStream | None, place: tuple[int, int]) -> Job:

@@ -20,7 +20,7 @@ from echo_infinity.parallel.sampler import LeadSampler, SplitSampler
 from echo_infinity.parallel.split import Split
 
 if TYPE_CHECKING:
-    from echo_infinity.pipeline import EchoPipeline
+    from echo_infinity.engine import Engine
 
 T = TypeVar("T")
 _PATIENCE = timedelta(days=365)  # the program may think between two blocks for as long as it likes
@@ -68,7 +68,7 @@ class Lead:
         return next(self._numbers)
 
     def sampler(
-        self, pipe: EchoPipeline, memory: str, text: list[KV], noise: Noise, memory_dtype: torch.dtype | None
+        self, pipe: Engine, memory: str, text: list[KV], noise: Noise, memory_dtype: torch.dtype | None
     ) -> LeadSampler:
         """Start a stream on all processes.
 
@@ -116,7 +116,7 @@ class Lead:
                 self._tell(_Order("leave", -1, {}, []))
                 self._failure = RuntimeError("the program has ended")
 
-    def follow(self, pipe: EchoPipeline) -> None:
+    def follow(self, pipe: Engine) -> None:
         """Do what the first process orders until it leaves.
 
         Raises:
@@ -143,7 +143,7 @@ class Lead:
             distributed.broadcast(x.contiguous(), src=0)
 
     def _start(
-        self, pipe: EchoPipeline, memory: str, batch: int, memory_dtype: torch.dtype | None, text: _TextShapes
+        self, pipe: Engine, memory: str, batch: int, memory_dtype: torch.dtype | None, text: _TextShapes
     ) -> SplitSampler:
         received = _receive(text, pipe.config.model.layers, pipe.device)
         return SplitSampler(pipe.generator(memory), received, None, self.split, batch, memory_dtype)
@@ -177,7 +177,7 @@ class Lead:
         return box[0]
 
 
-def lead(pipe: EchoPipeline, program: Callable[[], T]) -> T | None:
+def lead(pipe: Engine, program: Callable[[], T]) -> T | None:
     """Run a program on the first process while the others do their share of its streams.
 
     Args:
