@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from echo_infinity.codec import VideoCodec, to_uint8
+from echo_infinity.codec import TIME_STRIDE, VideoCodec, to_uint8
 from echo_infinity.finite import NonFiniteError
 from echo_infinity.lane import Lane
 
@@ -41,6 +41,11 @@ class BlockDecoder:
     def waiting(self) -> tuple[Tensor, ...]:
         """Latents of the blocks that are not decoded yet, oldest first."""
         return tuple(block.latents for block in self._waiting)
+
+    @property
+    def undecoded(self) -> int:
+        """Pixel frames that they stand for; the first latent of a shot is one, others ``TIME_STRIDE``."""
+        return sum(TIME_STRIDE * len(x) - (TIME_STRIDE - 1 if begins else 0) for x, begins in self._waiting)
 
     def put(self, latents: Tensor, *, begins_shot: bool) -> None:
         """Have the block that was just made wait."""

@@ -29,8 +29,13 @@ def load_image(path: str | os.PathLike[str], size: tuple[int, int]) -> Tensor:
     height, width = size
     try:
         with pil.open(path) as picture:
-            upright = operations.exif_transpose(picture).convert("RGB")
+            upright = operations.exif_transpose(picture)
+            if upright.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
+                upright = pil.fromarray((np.asarray(upright) // 257).astype(np.uint8))
+            upright = upright.convert("RGB")
             fitted = operations.fit(upright, (width, height), method=pil.Resampling.LANCZOS)
-    except pil.DecompressionBombError as error:
-        raise OSError(f"{path}: {error}") from error
+    except Exception as error:  # a broken file can raise anything, SyntaxError for one
+        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+            raise
+        raise OSError(f"{path} can't be read as a picture: {error}") from error
     return torch.from_numpy(np.array(fitted))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _LINE = re.compile(r"(?:\[(?P<time>[^\]]*)\])?\s*(?P<cut>\|)?\s*(?P<prompt>.*)")
-_TIME = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?\s*(?:(?P<m>\d+(?:\.\d+)?)m)?\s*(?:(?P<s>\d+(?:\.\d+)?)s?)?")
+_TIME = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?\s*(?:(?P<m>\d+(?:\.\d+)?)m)?\s*(?:(?P<s>\d+(?:\.\d+)?)(?P<u>s)?)?")
 _FORM = "a line is '[TIME] prompt', TIME such as 30s, 1m30s or 2h, or '[TIME] | prompt' for a hard cut"
 
 
@@ -36,7 +36,7 @@ def read_schedule(path: str | os.PathLike[str]) -> tuple[TimedPrompt, ...]:
         ValueError: as :func:`parse_schedule`, or the file is no UTF-8 text.
     """
     try:
-        return parse_schedule(Path(path).read_text(encoding="utf-8"))
+        return parse_schedule(Path(path).read_text(encoding="utf-8-sig"))  # Windows begins files with a mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text: {error}") from error
     except ValueError as error:
@@ -83,6 +83,6 @@ def due(prompts: Sequence[TimedPrompt], seconds: float) -> int:
 
 def _seconds(text: str, line: int) -> float:
     match = _TIME.fullmatch(text.strip())
-    if match is None or not any(match.groups()):
+    if match is None or not any(match.groups()) or (match["h"] and not match["m"] and match["s"] and not match["u"]):
         raise ValueError(f"line {line}: can't read the time {text!r}; {_FORM}")
     return sum(float(match[unit] or 0) * scale for unit, scale in (("h", 3600), ("m", 60), ("s", 1)))

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 
 from echo_infinity.batch import StreamBatch
-from echo_infinity.finite import NonFiniteError
-from echo_infinity.parallel import ProcessesError
 from echo_infinity.state import SavedVideo
 from echo_infinity.stream import Stream
 from echo_infinity.video import VideoWriteError, VideoWriter
@@ -66,7 +64,7 @@ class Recorder:
         self._error: OSError | VideoWriteError | None = None
         waiting = stream.waiting
         self._waiting = deque(zip(waiting, range(stream.block - len(waiting), stream.block), strict=True))
-        self._offset = 0  # of the video's frames against the stream's
+        self.offset = self.written + len(self.rest) + stream.undecoded - stream.frames  # of video against stream
         self._saved_at = 0.0
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -87,14 +85,12 @@ class Recorder:
         """Write what a saved stream left unwritten or undecoded; save for the first time."""
         self._flush()
         self.take_all()
-        self._offset, self._saved_at = self.written + len(self.rest) - self.stream.frames, time.monotonic()
-        if self.autosave is not None:
-            self._save_on_time()
+        self.save_on_time()
 
     @property
     def full(self) -> bool:
         """Whether enough is generated."""
-        return self.target is not None and self._offset + self.stream.frames >= self.target
+        return self.target is not None and self.offset + self.stream.frames >= self.target
 
     @property
     def failure(self) -> OSError | VideoWriteError | None:
@@ -124,11 +120,17 @@ class Recorder:
         while self._waiting:
             self.take_next()
 
-    def save_if_due(self) -> None:
-        """Save where the time has come; to be called when nothing waits."""
-        if self.due:
-            self._save_on_time()
-            self._saved_at = time.monotonic()
+    def save_on_time(self) -> None:
+        """Save, where saves are asked for, and go on if it fails; to be called when nothing waits."""
+        if self.autosave is None:
+            return
+        try:
+            if self._error is None:
+                self.save()
+        except (OSError, VideoWriteError) as error:
+            kept = f"the state saved before is still at {self.saved}" if self.saved else "no state is saved yet"
+            self.on_trouble(f"could not save the stream: {error}; {kept}; going on")
+        self._saved_at = time.monotonic()
 
     @property
     def due(self) -> bool:
@@ -150,14 +152,6 @@ class Recorder:
         self.stream.save(path, video=SavedVideo(self.writer.position(), self.path, self.target, self.rest))
         self.saved = path
         return path
-
-    def _save_on_time(self) -> None:
-        try:
-            if self._error is None:
-                self.save()
-        except (OSError, VideoWriteError) as error:
-            kept = f"the state saved before is still at {self.saved}" if self.saved else "no state is saved yet"
-            self.on_trouble(f"could not save the stream: {error}; {kept}; going on")
 
     def _flush(self) -> None:
         """Write what is decoded, up to the target; an error is kept for the thread that runs the stream."""
@@ -183,7 +177,12 @@ def record_batch(batch: StreamBatch, recorders: Sequence[Recorder], stop: Callab
 
     Returns:
         Whether the targets were reached.
+
+    Raises:
+        ValueError: the videos would be full at different blocks.
     """
+    if len({None if r.target is None else r.target - r.offset for r in recorders}) > 1:
+        raise ValueError("the videos would be full at different blocks of their streams: record them one at a time")
     return _drive(recorders, batch.next_latents, stop)
 
 
@@ -220,8 +219,8 @@ def _overlap(recorders: Sequence[Recorder], generate: Callable[[], list[Tensor]]
             if any(recorder.due for recorder in recorders):
                 for job in jobs:
                     job.result()
-                for recorder in recorders:
-                    recorder.save_if_due()
+                for recorder in recorders:  # all at one block, or they could not go on together
+                    recorder.save_on_time()
         wait()
     if failures := [recorder.failure for recorder in recorders if recorder.failure is not None]:
         raise failures[0]
@@ -242,7 +241,7 @@ def save_somewhere(recorder: Recorder, places: list[Path]) -> tuple[Path | None,
         return None, []
     try:
         return recorder.save(places[0]), []
-    except (NonFiniteError, ProcessesError, VideoWriteError, ValueError) as error:  # the same everywhere
+    except (RuntimeError, ValueError) as error:  # the same everywhere: NaN, a lost process or device, the video
         return None, [str(error)]
     except OSError as error:
         saved, reasons = save_somewhere(recorder, places[1:])

@@ -108,6 +108,11 @@ class Stream:
         return self.shots.decoder.waiting
 
     @property
+    def undecoded(self) -> int:
+        """Pixel frames that those stand for."""
+        return self.shots.decoder.undecoded
+
+    @property
     def closed(self) -> bool:
         """Whether the stream was closed."""
         return self._closed

@@ -14,6 +14,9 @@ from echo_infinity.finite import NonFiniteError
 from echo_infinity.noise import counter_noise
 from echo_infinity.pipeline import EchoPipeline
 from echo_infinity.prompts import TimedPrompt
+from echo_infinity.record import Recorder
+from echo_infinity.state import read_state
+from echo_infinity.stream import Stream
 from numerics import assert_same_bits
 from running import frames_of
 from small import CIRCLE, SQUARE, save_small, small_pipe
@@ -274,3 +277,117 @@ def test_callbacks_are_called_once_all_streams_have_their_block(tmp_path):
         next(batch)
     take(batch, 1)
     assert told == [(0, 0, [0, 0]), (1, 0, [0, 0]), (0, 1, [0, 0]), (0, 2, [0, 0]), (1, 2, [0, 0])]
+
+
+def batch_states(echo, frames=20):
+    """States of two streams that were run together into b-0.mp4 and b-1.mp4."""
+    assert echo(CIRCLE, "--seed", "1,2", "--frames", frames, "-o", "b.mp4", "--save", "b.st")[0] == 0
+    return ["b-0.st", "b-1.st"]
+
+
+def resume(states):
+    return [word for state in states for word in ("--resume", state)]
+
+
+def test_one_stream_is_not_resumed_twice_into_one_video(echo, folder):
+    states = batch_states(echo)
+    before = (folder / "b-0.mp4").read_bytes()
+    code, _, err = echo(*resume([states[0], states[0]]), "--frames", 40)
+    assert (code, "two streams of a batch can't share" in err) == (2, True)
+    (folder / "copy.st").write_bytes((folder / "b-0.st").read_bytes())
+    code, _, err = echo(*resume([states[0], "copy.st"]), "--frames", 40)
+    assert (code, "b-0.mp4: resume each once" in err) == (2, True)
+    assert (folder / "b-0.mp4").read_bytes() == before
+
+
+def test_a_refused_batch_leaves_no_file_and_touches_none(echo, folder):
+    (folder / "out-1.mp4").write_bytes(b"a film of mine")
+    words = [CIRCLE, "--seed", "1,2", "--frames", 9, "-o"]
+    code, _, err = echo(*words, "out.mp4")
+    assert (code, "it exists already" in err) == (2, True)
+    (folder / "pictures-1").write_bytes(b"a file")
+    assert echo(*words, "pictures")[0] == 2
+    (folder / "out-0.state.safetensors").write_bytes(b"a stream")
+    os.remove("out-1.mp4"), os.mkdir("out-1.mp4")
+    assert echo(*words, "out.mp4", "--overwrite")[0] == 2
+    assert (folder / "out-0.state.safetensors").read_bytes() == b"a stream"
+    assert sorted(os.listdir(folder)) == ["home", "out-0.state.safetensors", "out-1.mp4", "pictures-1"]
+
+
+def test_videos_that_began_at_different_blocks_are_not_made_longer_together(echo, folder):
+    states = batch_states(echo)
+    assert echo("--resume", states[0], "--frames", 9, "-o", "new.mp4", "--save", "n.st")[0] == 0
+    assert echo("--resume", states[1], "--frames", 30)[0] == 0
+    code, _, err = echo(*resume(["n.st", states[1]]), "--frames", 40)
+    assert (code, "the videos began at different blocks" in err) == (2, True), err
+
+
+def test_streams_of_a_batch_are_saved_at_the_same_block(echo, monkeypatch):
+    clock, blocks = itertools.count(), []
+    monkeypatch.setattr("echo_infinity.record.time.monotonic", lambda: float(next(clock)))
+    save = Recorder.save
+
+    def watched(self, path=None):
+        blocks.append(self.stream.block)
+        return save(self, path)
+
+    monkeypatch.setattr(Recorder, "save", watched)
+    assert echo(CIRCLE, "--seed", "1,2", "--frames", 150, "--no-video", "--autosave", "7")[0] == 0
+    assert len(blocks) > 4
+    assert blocks[::2] == blocks[1::2]
+
+
+def test_a_stream_that_cant_be_saved_at_the_end_does_not_keep_the_others_from_it(echo, folder, monkeypatch):
+    from echo_infinity import state
+
+    save = state.save_file
+
+    def full(tensors, path, metadata):
+        if "b-0" in path.name:
+            raise OSError(28, "No space left on device")
+        save(tensors, path, metadata)
+
+    monkeypatch.setattr(state, "save_file", full)
+    code, _, err = echo(CIRCLE, "--seed", "1,2", "--frames", 9, "-o", "b.mp4", "--save", "b.st")
+    assert (code, "could not be saved: b-0.st: No space left on device" in err) == (1, True), err
+    assert read_state("b-1.st").meta["blocks"] == 1
+
+
+def test_states_that_find_no_room_do_not_replace_each_other_elsewhere(echo, folder, monkeypatch):
+    from echo_infinity import state
+
+    batch_states(echo)
+    for i in range(2):
+        (folder / f"{i}").mkdir()
+        os.rename(f"b-{i}.st", f"{i}/same.st")
+    save = state.save_file
+
+    def full(tensors, path, metadata):
+        if not path.parent.samefile(folder / "home"):
+            raise OSError(28, "No space left on device")
+        save(tensors, path, metadata)
+
+    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr(Stream, "look_ahead", refuse)
+    assert echo(*resume(["0/same.st", "1/same.st"]), "--frames", 40)[0] == 1
+    found = sorted((folder / "home").glob("*.st"))
+    assert [read_state(path).meta["seed"] for path in found] == [1, 2]
+
+
+def refuse(self):
+    raise ValueError("no more")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (CIRCLE.split(), "8 prompts of one word each: put a prompt of several words in quotes"),
+        (["--resume", "b-0.st", "b-1.st"], "the prompt 'b-1.st' names a file: give each saved stream its own --resume"),
+        (["b-1.st"], "names a file"),
+    ],
+)
+def test_a_slip_is_not_taken_for_prompts(echo, folder, words, message):
+    batch_states(echo)
+    code, _, err = echo(*words, "--frames", 40, "-o", "out.mp4")
+    assert (code, message in err) == (2, True), err
+    assert not list(folder.glob("out*"))

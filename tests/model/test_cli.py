@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 import resource
 import shlex
@@ -292,3 +293,23 @@ def test_the_thread_beside_writes_the_streams_own_frames(echo, folder, small_fol
     expected = [hashlib.sha256(next(stream).numpy().data).hexdigest() for _ in range(6)]
     assert hashes_of(folder / "h.txt")[:6] == expected
     assert len(frames_of("out.mp4")) == 60
+
+
+def test_a_lost_device_in_mid_run_names_the_last_good_state(echo, folder, monkeypatch):
+    plain, calls = Stream.next_latents, itertools.count()
+
+    def lost(self):
+        if next(calls) >= 3:
+            monkeypatch.setattr(Stream, "save", broken)
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return plain(self)
+
+    def broken(self, *_, **__):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(Stream, "next_latents", lost)
+    code, _, err = echo(CIRCLE, "--frames", 69, "-o", "out.mp4", "--autosave", 0)
+    assert code == 1
+    assert "error: CUDA error: unspecified launch failure" in err
+    assert "the last good state is kept; go on from it with:" in err
+    assert read_state("out.state.safetensors").meta["blocks"] >= 2

@@ -141,3 +141,18 @@ def test_generate_leaves_no_video_where_a_batch_cant_start_from_its_image(echo, 
     code, _, err = echo(CIRCLE, "--seed", "1,2", "--image", "p.png", "--frames", 9, "-o", "out.mp4")
     assert (code, "was not trained to go on from an image" in err) == (2, True)
     assert not list(folder.glob("out*"))
+
+
+@pytest.mark.parametrize("at", [16, 33])
+def test_a_picture_broken_in_the_middle_is_refused(tmp_path, at):
+    Image.fromarray(picture().numpy()).save(tmp_path / "p.png")
+    data = bytearray((tmp_path / "p.png").read_bytes())
+    data[at : at + 8] = bytes(range(140, 148))  # of the header's sizes, or the next chunk's length and name
+    (tmp_path / "p.png").write_bytes(data)
+    with pytest.raises(OSError, match=r"p\.png can't be read as a picture"):
+        load_image(tmp_path / "p.png", (32, 32))
+
+
+def test_sixteen_bits_of_grey_keep_their_shades(tmp_path):
+    Image.fromarray(np.full((32, 32), 65535 // 2, np.uint16)).save(tmp_path / "p.png")
+    assert load_image(tmp_path / "p.png", (32, 32)).unique().tolist() == [127]

@@ -38,6 +38,7 @@ def test_a_schedule_is_read_line_by_line():
         ("a\n[4s] b\n[4s] c", "line 3: 4s is not after the line before, 4s"),
         ("a\n[soon] b", "line 2: can't read the time 'soon'"),
         ("a\n[] b", "line 2: can't read the time ''"),
+        ("a\n[1h30] b", "line 2: can't read the time '1h30'"),
         ("a\n[4s]", "line 2: '[4s]' holds no prompt"),
         ("a\n[4s] | ", "holds no prompt"),
         ("a\n[4s] b | c", "more than one |"),
@@ -220,3 +221,8 @@ def test_generate_given_its_prompt_file_again_still_cuts(echo, folder):
     assert echo(*words, "--frames", 20, "--raw-hashes", "b.txt", "--save", "b.safetensors")[0] == 0
     assert echo(*words, "--resume", "b.safetensors", "--frames", 60, "--raw-hashes", "b.txt")[0] == 0
     assert (folder / "a.txt").read_text() == (folder / "b.txt").read_text()
+
+
+def test_a_mark_at_the_beginning_of_the_file_is_no_word(tmp_path):
+    (tmp_path / "a").write_text(CIRCLE, encoding="utf-8-sig")
+    assert read_schedule(tmp_path / "a") == (TimedPrompt(0, CIRCLE),)

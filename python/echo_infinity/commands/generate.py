@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from echo_infinity.commands import UserError
+from echo_infinity.commands.places import numbered
 from echo_infinity.commands.request import Request, check_options, load, prepare
 from echo_infinity.finite import NonFiniteError
 from echo_infinity.parallel import ProcessesError, join_ranks, lead, leave_ranks
@@ -94,20 +95,19 @@ def _generate(args: argparse.Namespace, request: Request) -> int:
         try:
             batch = request.batch
             done = recorders[0].run(stop) if batch is None else record_batch(batch, recorders, stop)
-        except (NonFiniteError, ProcessesError, VideoWriteError, ValueError, OSError) as error:
-            return _failed(args, recorders, error)
         except torch.OutOfMemoryError as error:
             code = _failed(args, recorders, RuntimeError(_no_room(error)))
             _say(_LOWER if batch is None else f"{_LOWER}; or ask for fewer streams at once")
             return code
+        except (RuntimeError, ValueError, OSError) as error:
+            return _failed(args, recorders, error)
         if not done:
             return _interrupted(args, recorders)
         if args.save is not None or args.autosave is not None or args.resume:
-            for recorder in recorders:
-                kept, reasons = save_somewhere(recorder, [recorder.state] if recorder.state else [])
-                if kept is None:
-                    _say(f"the video is complete, but the stream could not be saved: {reasons[-1]}")
-                    return 1
+            found = [save_somewhere(recorder, [recorder.state] if recorder.state else []) for recorder in recorders]
+            if lost := [reasons[-1] for kept, reasons in found if kept is None]:
+                _say(f"the video is complete, but the stream could not be saved: {'; '.join(lost)}")
+                return 1
     seconds = time.monotonic() - begun
     for recorder in recorders:
         speed = (recorder.written - first) / fps / seconds
@@ -141,7 +141,7 @@ def _failed(args: argparse.Namespace, recorders: Sequence[Recorder], error: Exce
 
 
 def _save_and_tell(args: argparse.Namespace, recorders: Sequence[Recorder]) -> None:
-    states = [_save(recorder) for recorder in recorders]
+    states = [_save(recorder, (i, len(recorders))) for i, recorder in enumerate(recorders)]
     kept = [state for state in states if state is not None]
     if kept:
         _say(f"the stream{'s are' if len(kept) > 1 else ' is'} saved; go on with:\n  {_resume_command(args, kept)}")
@@ -149,8 +149,8 @@ def _save_and_tell(args: argparse.Namespace, recorders: Sequence[Recorder]) -> N
         _tell_last_good(args, lost)
 
 
-def _save(recorder: Recorder) -> Path | None:
-    name = Path(recorder.state or "echo.state.safetensors").name
+def _save(recorder: Recorder, place: tuple[int, int]) -> Path | None:
+    name = numbered(Path(recorder.state or "echo.state.safetensors").name, *place)
     spare = [Path(folder) / f"{os.getpid()}-{name}" for folder in (tempfile.gettempdir(), Path.home(), Path.cwd())]
     saved, reasons = save_somewhere(recorder, [*([recorder.state] if recorder.state else []), *spare])
     for reason in reasons:

@@ -25,23 +25,30 @@ def numbered(path: str | os.PathLike[str], index: int, count: int) -> Path:
 
 
 def hold_places(state: Path, *, keep: Path | None, overwrite: bool) -> None:
-    """Check that the state can be written, and that it replaces nothing but what it may.
+    """Check that the state can be written, and that it will replace nothing but what it may.
 
     Args:
         state: file of the run's state.
         keep: state that the run resumes; it may be replaced.
-        overwrite: an older state may be deleted, which is done at once since its video won't last either.
+        overwrite: an older state may be deleted, see :func:`clear_place`.
 
     Raises:
         FileExistsError: another state is there.
         OSError: the folder can't be written.
     """
-    resumed = keep is not None and state.exists() and state.samefile(keep)
-    if state.is_file() and not resumed and not overwrite:
+    if _holds_another(state, keep) and not overwrite:
         raise FileExistsError(
             f"a saved stream is at {state} already: go on with --resume {state}, give another --save, "
             "or allow --overwrite"
         )
     check_writable(state)
-    if state.is_file() and not resumed:
+
+
+def clear_place(state: Path, *, keep: Path | None) -> None:
+    """Delete an older state once its video is replaced; ``keep`` is the one that the run resumes."""
+    if _holds_another(state, keep):
         state.unlink()
+
+
+def _holds_another(state: Path, keep: Path | None) -> bool:
+    return state.is_file() and not (keep is not None and state.samefile(keep))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from echo_ext import __version__
 from echo_infinity.batch import StreamBatch
-from echo_infinity.commands.places import hold_places, numbered, state_path
+from echo_infinity.commands.places import clear_place, hold_places, numbered, state_path
 from echo_infinity.image import load_image
 from echo_infinity.parallel import Ranks
 from echo_infinity.pipeline import EchoPipeline
@@ -40,6 +41,25 @@ class Job:
     target: int | None
     state: Path
     hashes: Path | None
+
+
+class _Plan(NamedTuple):
+    """A stream and the places it is to go to, nothing of which is touched yet."""
+
+    stream: Stream
+    position: VideoPosition | None
+    output: str | None
+    target: int | None
+    state: Path
+    resume: Path | None
+    hashes: Path | None
+
+    @property
+    def ahead(self) -> int:
+        """Frames by which the video is ahead of its stream."""
+        have = 0 if self.position is None else self.position.frames
+        rest = 0 if self.stream.video is None else len(self.stream.video.rest)
+        return have + rest + self.stream.undecoded - self.stream.frames
 
 
 @dataclass(frozen=True)
@@ -69,12 +89,25 @@ def check_options(args: argparse.Namespace, saved: Sequence[SavedStream]) -> Non
         rows(args.prompt or [""], args.seed or [0])
     if args.prompt and args.prompt_file is not None:
         raise ValueError("give a prompt or --prompt-file, not both: the file's first line is the first prompt")
+    _check_words(args.prompt or [])
     if saved:
         _check_resume(args, saved)
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {args.threads}")
     if args.autosave is not None and not args.autosave >= 0:
         raise ValueError(f"--autosave is seconds >= 0, got {args.autosave}")
+
+
+def _check_words(prompts: Sequence[str]) -> None:
+    """Refuse what is no prompt but a slip: a file without its option, words without their quotes."""
+    for prompt in prompts:
+        if Path(prompt).suffix and os.path.isfile(prompt):
+            raise ValueError(
+                f"the prompt {prompt!r} names a file: give each saved stream its own --resume, prompts by time "
+                "--prompt-file, a picture --image"
+            )
+    if len(prompts) > 1 and not any(" " in prompt.strip() for prompt in prompts):
+        raise ValueError(f"{len(prompts)} prompts of one word each: put a prompt of several words in quotes")
 
 
 def rows(prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
@@ -117,16 +150,29 @@ def prepare(args: argparse.Namespace, pipe: EchoPipeline, saved: Sequence[SavedS
         ValueError, OSError, VideoWriteError: the request can't be served; nothing was generated.
     """
     streams, batch = _open_streams(args, pipe, saved)
+    plans = [_plan(args, x, saved[i] if saved else None, (i, len(streams))) for i, x in enumerate(streams)]
+    _check_together(plans)
+    for plan in plans:
+        hold_places(plan.state, keep=plan.resume, overwrite=args.overwrite)
+    for plan in plans:
+        if plan.hashes is not None:
+            append_line(plan.hashes, "")
     jobs: list[Job] = []
+    made: list[Path] = []  # videos that were not there before
     try:
-        for i, stream in enumerate(streams):
-            jobs.append(_open_job(args, stream, saved[i] if saved else None, (i, len(streams))))
-        if len({job.target for job in jobs}) > 1:
-            raise ValueError("the videos were to have different lengths: say how long, such as --seconds 60")
+        for plan in plans:
+            if plan.output is not None and not os.path.exists(plan.output):
+                made.append(Path(plan.output))
+            jobs.append(Job(plan.stream, _open_video(args, plan), plan.output, plan.target, plan.state, plan.hashes))
     except BaseException:
         for job in jobs:
             job.writer.close()
+        for path in made:
+            with contextlib.suppress(OSError):  # a folder of pictures that holds others, or none yet
+                path.rmdir() if path.is_dir() else path.unlink()
         raise
+    for plan in plans:
+        clear_place(plan.state, keep=plan.resume)
     return Request(jobs, batch)
 
 
@@ -181,32 +227,47 @@ def _switch(stream: Stream, prompt: str) -> None:
         stream.switch(prompt)
 
 
-def _open_job(args: argparse.Namespace, stream: Stream, saved: SavedStream | None, place: tuple[int, int]) -> Job:
+def _plan(args: argparse.Namespace, stream: Stream, saved: SavedStream | None, place: tuple[int, int]) -> _Plan:
     def own(path: str | Path | None) -> Path | None:
         return None if path is None else numbered(path, *place)
 
-    pipe, resume = stream.pipe, None if saved is None else saved.path
+    resume = None if saved is None else saved.path
     position, output = _find_video(None if args.output is None else str(own(args.output)), args.no_video, saved)
-    target = _target(args, saved, position, pipe.fps)
+    target = _target(args, saved, position, stream.pipe.fps)
     video = own(args.output) or output
     state = own(args.save) or resume or (own(state_path(None)) if video is None else state_path(video))
     assert state is not None
-    hold_places(state, keep=resume, overwrite=args.overwrite)
-    if (hashes := own(args.raw_hashes)) is not None:
-        append_line(hashes, "")
-    if output is None:
-        return Job(stream, NullWriter(resume=position), None, target, state, hashes)
-    height, width = pipe.size
-    writer = open_writer(
-        output,
+    return _Plan(stream, position, output, target, state, resume, own(args.raw_hashes))
+
+
+def _check_together(plans: Sequence[_Plan]) -> None:
+    """Refuse streams that would write to one place, or whose videos would not be full at the same block."""
+    for what in ("resume", "output", "state", "hashes"):
+        places = [os.path.realpath(x) for plan in plans if (x := getattr(plan, what)) is not None]
+        if again := [x for i, x in enumerate(places) if x in places[:i]]:
+            raise ValueError(
+                f"two streams of a batch can't share {again[0]}: resume each once, and to a video of its own"
+            )
+    if len({plan.target for plan in plans}) > 1:
+        raise ValueError("the videos were to have different lengths: say how long, such as --seconds 60")
+    if plans[0].target is not None and len({plan.ahead for plan in plans}) > 1:
+        raise ValueError("the videos began at different blocks of their streams: resume them one at a time")
+
+
+def _open_video(args: argparse.Namespace, plan: _Plan) -> VideoWriter:
+    if plan.output is None:
+        return NullWriter(resume=plan.position)
+    stream = plan.stream
+    height, width = stream.pipe.size
+    return open_writer(
+        plan.output,
         width=width,
         height=height,
-        fps=pipe.fps,
+        fps=stream.pipe.fps,
         metadata={"prompt": stream.prompt, "seed": stream.settings.seed, "version": f"echo-infinity {__version__}"},
-        resume=position,
+        resume=plan.position,
         overwrite=args.overwrite,
     )
-    return Job(stream, writer, output, target, state, hashes)
 
 
 def _find_video(
