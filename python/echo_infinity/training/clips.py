@@ -87,7 +87,15 @@ EVEN = ClipMix(
     unnamed=0.5,
     absence=((2, 0.15), (3, 0.2), (4, 0.2), (5, 0.15), (6, 0.1), (8, 0.1), (12, 0.1)),
 )
-LATE = replace(EVEN, curtain=0.5, path=0.25, open=0.15, late=0.3)
+LATE = replace(  # and curtains that stay open for long, as a generator's own may
+    EVEN,
+    curtain=0.5,
+    path=0.25,
+    open=0.15,
+    late=0.3,
+    sight=((1, 0.35), (2, 0.35), (4, 0.15), (7, 0.15)),
+    return_sight=((2, 0.5), (3, 0.2), (5, 0.15), (8, 0.15)),
+)
 NAMED = ClipMix(curtain=0.0, random_curtain=0.0, path=0.0, open=1.0, unnamed=0.1)
 MIXES = {"short": SHORT_ABSENCE, "long": LONG_ABSENCE, "even": EVEN, "late": LATE, "named": NAMED}
 
