@@ -11,7 +11,6 @@ from echo_infinity.codec import Codec, CodecConfig
 from echo_infinity.training import codec as codec_training
 from echo_infinity.training.clips import (
     LONG_ABSENCE,
-    MIXES,
     ClipMix,
     annotate,
     build_clips,
@@ -191,18 +190,3 @@ def test_a_cache_of_other_settings_or_none_is_refused(tmp_path: Path) -> None:
         build_clips(codec, tmp_path, 1, 3, seed=9, progress=False)
     with pytest.raises(ValueError, match="still be in the local window"):
         ClipMix(absence=((1, 1.0),))
-
-
-def test_objects_of_the_late_mix_first_show_at_a_later_opening_but_for_most_as_ever() -> None:
-    firsts = []
-    for seed in range(60):
-        recipe = draw_clip(seed, 14, MIXES["late"])
-        if not recipe["curtain_blocks"]:
-            continue
-        marks = annotate(clip_world(recipe), 14)
-        opens = [b for b in range(1, 14) if not marks["closed"][b] and marks["closed"][b - 1]]
-        late = sum(a > 0 for a in recipe["arrivals"][: len(clip_world(recipe).objects)])
-        assert marks["first_open"].sum() <= 1 + late
-        firsts.append(bool(marks["first_open"][opens[0]]))
-    assert 0.5 < sum(firsts) / len(firsts) < 1
-    assert "arrivals" not in draw_clip(0, 14, MIXES["even"])

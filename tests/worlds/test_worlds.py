@@ -178,20 +178,3 @@ def test_colours_and_grounds_are_far_apart() -> None:
 def test_rejects(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_objects_arrive_when_they_are_told_to_and_are_then_where_they_would_be() -> None:
-    closed = [True, False, False, True, True, True, False, False]
-    world = World.from_seed(5, "curtain", curtain_blocks=closed)
-    late = world.arriving([block_start(4)])
-    assert not late.in_sight(0, block_start(6))[:, 0].any()
-    assert late.in_sight(block_start(6), 12)[:, 0].any()
-    assert torch.equal(late.in_sight(0, 90)[:, 1:], world.in_sight(0, 90)[:, 1:])
-    assert torch.equal(late.render(block_start(6), 24), world.render(block_start(6), 24))
-    assert late.prompt == world.prompt
-
-
-def test_an_object_on_a_path_comes_later_by_as_many_frames() -> None:
-    world = World.from_seed(7, "path")
-    late = world.arriving([40] * len(world.objects))
-    assert torch.equal(late.render(40, 100), world.render(0, 100))

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,8 @@ from tqdm import tqdm
 from ..codec import Codec, to_unit
 from ..worlds import World, block_start
 from ..worlds.curtain import FRAMES_PER_BLOCK
-from ..worlds.grammar import MAX_OBJECTS
 
 Odds = tuple[tuple[int, float], ...]
-_PATH_LATENESS = 72  # frames: a crossing, or the time between two
 LOCAL_BLOCKS = 3  # the local window, 9 latent frames, the current block included
 
 
@@ -36,8 +34,6 @@ class ClipMix:
         curtain, random_curtain, path, open: weights of the kinds: curtain aligned to blocks, curtain with random
             durations, objects that leave along a path, objects that stay.
         unnamed: share of prompts that don't name the objects, by kind alike.
-        late: share of objects behind curtains and on paths that are not there the first time, or the first two times.
-            A memory that has seen an empty scene, right or wrong, must not keep it empty for ever.
         wait: closed blocks at the start (block 0 holds the sink frames).
         sight: open blocks the first time.
         absence: closed blocks between sights. 2 is the least: the objects have then just left the local window.
@@ -49,7 +45,6 @@ class ClipMix:
     path: float = 0.1
     open: float = 0.1
     unnamed: float = 0.75
-    late: float = 0.0
     wait: Odds = ((1, 0.7), (2, 0.3))
     sight: Odds = ((1, 0.5), (2, 0.5))
     absence: Odds = ((2, 0.55), (3, 0.35), (4, 0.1))
@@ -75,8 +70,7 @@ class ClipMix:
         closed = f"curtains closed for {self.absence[0][0]}-{self.absence[-1][0]} blocks"
         shares = {closed: self.curtain, "random curtains": self.random_curtain, "paths": self.path, "open": self.open}
         parts = [f"{share / total:.0%} {kind}" for kind, share in shares.items() if share]
-        late = [f"{self.late:.0%} of their objects come later"] if self.late else []
-        return ", ".join([*parts, *late, f"{1 - self.unnamed:.0%} of prompts name the objects"])
+        return ", ".join([*parts, f"{1 - self.unnamed:.0%} of prompts name the objects"])
 
 
 SHORT_ABSENCE = ClipMix()
@@ -87,17 +81,8 @@ EVEN = ClipMix(
     unnamed=0.5,
     absence=((2, 0.15), (3, 0.2), (4, 0.2), (5, 0.15), (6, 0.1), (8, 0.1), (12, 0.1)),
 )
-LATE = replace(  # and curtains that stay open for long, as a generator's own may
-    EVEN,
-    curtain=0.5,
-    path=0.25,
-    open=0.15,
-    late=0.3,
-    sight=((1, 0.35), (2, 0.35), (4, 0.15), (7, 0.15)),
-    return_sight=((2, 0.5), (3, 0.2), (5, 0.15), (8, 0.15)),
-)
 NAMED = ClipMix(curtain=0.0, random_curtain=0.0, path=0.0, open=1.0, unnamed=0.1)
-MIXES = {"short": SHORT_ABSENCE, "long": LONG_ABSENCE, "even": EVEN, "late": LATE, "named": NAMED}
+MIXES = {"short": SHORT_ABSENCE, "long": LONG_ABSENCE, "even": EVEN, "named": NAMED}
 
 
 @dataclass(frozen=True)
@@ -136,26 +121,12 @@ def draw_clip(seed: int, blocks: int, mix: ClipMix) -> dict[str, Any]:
         while len(closed) < blocks:
             closed += [True] * _draw(rng, mix.absence) + [False] * _draw(rng, mix.return_sight)
         recipe["curtain_blocks"] = closed  # past the clip's end too, so that the last timer tells the truth
-    if mix.late and kind in ("curtain", "path"):
-        recipe["arrivals"] = [_arrival(rng, recipe["curtain_blocks"], mix.late) for _ in range(MAX_OBJECTS)]
     return recipe
-
-
-def _arrival(rng: np.random.Generator, closed: Sequence[bool] | None, late: float) -> int:
-    """Draw the frame of an object's arrival: 0, or while the curtain is closed before its second or third opening."""
-    openings = 1 + int(rng.integers(2))
-    if rng.random() >= late:
-        return 0
-    if closed is None:
-        return int(rng.integers(1, 1 + openings * _PATH_LATENESS))
-    opens = [b for b in range(1, len(closed)) if closed[b - 1] and not closed[b]]
-    return block_start(opens[min(openings, len(opens) - 1)])
 
 
 def clip_world(recipe: dict[str, Any]) -> World:
     """Return the world a clip was rendered from, for its truth."""
-    world = World.from_seed(recipe["seed"], recipe["kind"], recipe["name_objects"], recipe["curtain_blocks"])
-    return world.arriving(recipe.get("arrivals", []))
+    return World.from_seed(recipe["seed"], recipe["kind"], recipe["name_objects"], recipe["curtain_blocks"])
 
 
 def annotate(world: World, blocks: int) -> dict[str, Tensor]:
@@ -210,8 +181,7 @@ def build_clips(
         raise ValueError(f"latent_frames must be a multiple of {FRAMES_PER_BLOCK}, got {latent_frames}")
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    shown = {name: x for name, x in asdict(mix).items() if name != "late" or x}  # as written before objects came late
-    settings = json.dumps({"latent_frames": latent_frames, "seed": seed, "shard": shard, "mix": shown})
+    settings = json.dumps({"latent_frames": latent_frames, "seed": seed, "shard": shard, "mix": asdict(mix)})
     note = out / "settings.json"
     if note.is_file() and note.read_text() != settings:
         raise ValueError(f"{out} holds clips of {note.read_text()}, not of {settings}; use another folder")

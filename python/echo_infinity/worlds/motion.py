@@ -11,7 +11,6 @@ from .curtain import Schedule, time_open
 SIZE = 64  # pixels, both ways
 SINK_FRAMES = 9  # pixel frames of the sink (3 latent frames), which show no objects that will leave
 ENTRY_SPEED = 1.0  # pixels a frame at which objects that stay come in, if late: most of one shows within a block
-_NOWHERE = -1000.0  # x of what is not there yet
 HIDDEN_FRAMES = 60  # how long a path keeps an object out of sight; the local window is 36 pixel frames
 
 
@@ -28,7 +27,6 @@ class ObjectSpec:
     ]  # curtain: place at time 0; open: (unused, y at time 0); path: (x offset, y at mid-frame)
     velocity: tuple[float, float]  # pixels a frame; on a path: speed along x, slope dy/dx
     delay: float = 0.0  # open and path: frame at which the object's edge touches the frame's
-    arrival: int = 0  # curtain: frame before which it is nowhere; open and path: added to ``delay``
 
 
 def centres(spec: ObjectSpec, kind: str, schedule: Schedule | None, frames: np.ndarray) -> np.ndarray:
@@ -48,9 +46,8 @@ def centres(spec: ObjectSpec, kind: str, schedule: Schedule | None, frames: np.n
     if kind == "curtain":
         assert schedule is not None
         t = time_open(schedule, frames).astype(np.float64)
-        x = np.where(frames < spec.arrival, _NOWHERE, _bounce(spec.place[0], vx, t, low, high))
-        return np.stack([x, _bounce(spec.place[1], vy, t, low, high)], -1)
-    t = frames - spec.delay - spec.arrival
+        return np.stack([_bounce(spec.place[0], vx, t, low, high), _bounce(spec.place[1], vy, t, low, high)], -1)
+    t = frames - spec.delay
     if kind == "open":
         inward = ENTRY_SPEED * t - spec.radius  # in from the left edge, then at its own speed
         drifted = abs(vx) * np.maximum(inward - low, 0.0) / ENTRY_SPEED

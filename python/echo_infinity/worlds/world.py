@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -123,12 +123,6 @@ class World:
             shape = n.shape or SHAPES[int(rng.integers(len(SHAPES)))]
             objects.append(_place(rng, colour, shape, size, description, objects))
         return cls(description, description.look, description.kind, tuple(objects), schedule)
-
-    def arriving(self, frames: Sequence[int]) -> World:
-        """Return the world with its first objects coming later: behind a curtain not before, on a path later by these
-        many frames; one a number."""
-        late = [replace(spec, arrival=int(f)) for spec, f in zip(self.objects, frames, strict=False)]
-        return replace(self, objects=(*late, *self.objects[len(late) :]))
 
     @property
     def prompt(self) -> str:
