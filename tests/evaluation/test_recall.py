@@ -7,7 +7,7 @@ import torch
 from echo_infinity.codec import to_unit
 from echo_infinity.evaluation.journal import Journal
 from echo_infinity.evaluation.recall import MODES, Recall, RecallTest, cells, check_worlds, keeps_memory
-from echo_infinity.policies import POLICIES
+from echo_infinity.policies import POLICIES, find_policy
 from numerics import assert_stream_equal
 
 TEST = RecallTest(rollouts=4, absences=(1,), modes=MODES, batch=2)
@@ -126,3 +126,10 @@ def test_rollouts_that_show_nothing_to_ask_for_count_in_the_strict_share():
     rows = [{**some, "number": 0, "asked": True, **answer}, {**some, "number": 1, "asked": False, **silent}]
     (cell,) = cells(rows)
     assert (cell.rollouts, cell.asked, cell.colour.share, cell.strict.share) == (2, 1, 1.0, 0.5)
+
+
+def test_absences_are_as_long_for_a_model_that_was_trained_to_see_everything(untrained):
+    test = replace(TEST, absences=(1, 2))
+    config = find_policy("full").configure(untrained.config)
+    trained = untrained._replace(config=config, memory=None)
+    assert Recall(trained, "full", test).blocks() == Recall(untrained, "evolving", test).blocks()

@@ -28,6 +28,7 @@ from echo_infinity.evaluation.returns import LOOK_BACK, Answer, Question, ask, j
 from echo_infinity.evaluation.sampling import Rollout
 from echo_infinity.evaluation.scenes import OPEN, curtain_share
 from echo_infinity.evaluation.stats import Share
+from echo_infinity.policies import find_policy
 from echo_infinity.weights import Checkpoint
 from echo_infinity.worlds import World, block_start
 from echo_infinity.worlds.motion import SIZE
@@ -223,8 +224,8 @@ class Recall:
         return Rollout(self.checkpoint, self.policy, prompts, [scene.seed for scene in scenes])
 
     def _blocks(self, absence: float) -> int:
-        w = self.checkpoint.config.window
-        return round(absence * w.window_frames / w.frames_per_block)
+        config = self.checkpoint.config
+        return round(absence * find_policy(self.policy).sliding_frames(config) / config.window.frames_per_block)
 
     def _encode(self, worlds: Sequence[World], absence: int) -> Tensor:
         """Latents ``(B, F, C, h, w)`` of all blocks before the reopening's."""

@@ -38,6 +38,10 @@ class FullAttention(Policy):
         """Return a watch that refuses to forget."""
         return _NothingLeaves(config)
 
+    def sliding_frames(self, config: EchoConfig) -> int:
+        """Return the window of the configuration that this one was made of."""
+        return self.configure(config).window.window_frames // WINDOWS
+
     def max_frames(self, config: EchoConfig) -> int | None:
         """Return the frames that the cache holds."""
         return self.configure(config).window.window_frames

@@ -55,6 +55,10 @@ class Policy(ABC):
         """
         return None
 
+    def sliding_frames(self, config: EchoConfig) -> int:
+        """Latent frames of the window that slides in policies compared with this one: what absences are counted in."""
+        return config.window.window_frames
+
     def max_frames(self, config: EchoConfig) -> int | None:
         """Latent frames that a stream may have, or None: it runs for ever at constant cost."""
         return None
