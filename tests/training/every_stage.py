@@ -29,7 +29,7 @@ def run_stages(models: Path, out: Path, ranks: Ranks) -> None:
     generator = torch.Generator().manual_seed(0)
     marks = [torch.rand(6, 7, generator=generator) < 0.4 for _ in range(4)]
     latents = torch.randn(6, 21, 4, 4, 4, generator=generator).half()
-    clips = Clips(latents, *marks, prompts=[PROMPTS[i % 2] for i in range(6)], clips=[{}] * 6)
+    clips = Clips(latents, latents, *marks, prompts=[PROMPTS[i % 2] for i in range(6)], clips=[{}] * 6)
     paths = Trajectories(torch.randn(6, 5, 21, 4, 4, 4, generator=generator).half(), clips.prompts)
     flow = FlowTraining(**COMMON, warmup=1, blocks=7, graded=4, own_context=0.5, text_dropout=0.3)
     init = Initialisation(**COMMON, warmup=1, context_noise=0.1)

@@ -1,4 +1,4 @@
-"""Training the codec: resumes bit-exactly, learns, saves on Ctrl-C; the clip cache tells the truth."""
+"""Training the codec: resumes bit-exactly, learns, saves on Ctrl-C."""
 
 import argparse
 from dataclasses import replace
@@ -9,15 +9,6 @@ import pytest
 import torch
 from echo_infinity.codec import Codec, CodecConfig
 from echo_infinity.training import codec as codec_training
-from echo_infinity.training.clips import (
-    LONG_ABSENCE,
-    ClipMix,
-    annotate,
-    build_clips,
-    clip_world,
-    draw_clip,
-    load_clips,
-)
 from echo_infinity.training.codec import CodecTrainer, CodecTraining
 
 from tests.numerics import assert_same_bits, assert_stream_equal
@@ -121,72 +112,3 @@ def test_normalised_latents_have_zero_mean_and_unit_variance(tmp_path: Path) -> 
         latents = torch.cat([trainer.codec.encode(batch)[0] for batch in batches])
     assert latents.mean((0, 1, 3, 4)).abs().max() < 1e-3
     assert (latents.std((0, 1, 3, 4)) - 1).abs().max() < 1e-2
-
-
-@pytest.mark.parametrize("mix", [ClipMix(), LONG_ABSENCE])
-def test_aligned_clips_reappear_exactly_where_the_curtain_opens_again(mix: ClipMix) -> None:
-    aligned = 0
-    for seed in range(60):
-        recipe = draw_clip(seed, 15, mix)
-        marks = {name: mark.tolist() for name, mark in annotate(clip_world(recipe), 15).items()}
-        assert marks["sighted"][0] == (recipe["kind"] == "open")  # what will leave comes after the sink
-        assert not any(a and b for a, b in zip(marks["closed"], marks["sighted"], strict=True))
-        schedule = recipe["curtain_blocks"]
-        if schedule is None:
-            continue
-        aligned += 1
-        closed = schedule[:15]
-        opens = [b for b in range(1, 15) if closed[b - 1] and not closed[b]]
-        assert marks["closed"] == closed
-        assert marks["sighted"] == [not c for c in closed]
-        assert [b for b in range(15) if marks["first_open"][b]] == opens[:1]
-        assert [b for b in range(15) if marks["reappear"][b]] == opens[1:]
-        assert all(closed[b - 2 : b] == [True, True] for b in opens[1:])
-    assert aligned > 20
-
-
-def test_path_clips_reappear_after_the_objects_left_the_local_window() -> None:
-    mix = ClipMix(curtain=0, random_curtain=0, path=1, open=0)
-    found = 0
-    for seed in range(20):
-        marks = annotate(clip_world(draw_clip(seed, 15, mix)), 15)
-        found += int(marks["reappear"].sum())
-        assert not marks["closed"].any()
-    assert found > 10
-
-
-def test_a_cache_holds_the_latents_and_marks_of_its_worlds(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    codec = Codec(CONFIG).eval()
-    build_clips(codec, tmp_path, 5, 9, seed=3, shard=2, batch=2, progress=False)
-    clips = load_clips(tmp_path)
-    assert clips.latents.shape == (5, 9, 4, 8, 8)
-    assert clips.latents.dtype == torch.float16
-    assert clips.reappear.shape == (5, 3)
-    assert len(clips) == 5
-    for i, recipe in enumerate(clips.clips):
-        world = clip_world(recipe)
-        assert clips.prompts[i] == world.prompt
-        for name, mark in annotate(world, 3).items():
-            assert_same_bits(getattr(clips, name)[i], mark)
-    assert len(load_clips(tmp_path, limit=3)) == 3
-
-    # A broken run goes on: the lost shard comes back as it was, and the others are left alone.
-    (tmp_path / "shard-00001.safetensors").unlink()
-    stamp = (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns
-    build_clips(codec, tmp_path, 5, 9, seed=3, shard=2, batch=2, progress=False)
-    assert_same_bits(load_clips(tmp_path).latents, clips.latents)
-    assert (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns == stamp
-
-
-def test_a_cache_of_other_settings_or_none_is_refused(tmp_path: Path) -> None:
-    codec = Codec(CONFIG).eval()
-    with pytest.raises(ValueError, match="no clips in"):
-        load_clips(tmp_path)
-    with pytest.raises(ValueError, match="multiple of 3, got 10"):
-        build_clips(codec, tmp_path, 1, 10)
-    build_clips(codec, tmp_path, 1, 3, progress=False)
-    with pytest.raises(ValueError, match="use another folder"):
-        build_clips(codec, tmp_path, 1, 3, seed=9, progress=False)
-    with pytest.raises(ValueError, match="still be in the local window"):
-        ClipMix(absence=((1, 1.0),))

@@ -26,8 +26,10 @@ def clips():
     n, blocks = 4, 6
     marks = torch.zeros(n, blocks, dtype=torch.bool)
     marks[:, 5] = True
+    latents = torch.randn(n, 3 * blocks, 8, 8, 8).half()
     return Clips(
-        torch.randn(n, 3 * blocks, 8, 8, 8).half(),
+        latents,
+        latents,
         *([marks] * 4),
         prompts=["a red circle drifts over a dark field"] * n,
         clips=[{}] * n,
@@ -86,8 +88,35 @@ def test_reappearing_blocks_weigh_more(clips, config, tmp_path):
     assert loss.item() == pytest.approx(parts["reappear"], rel=1e-4)
 
 
+def test_the_model_is_shown_what_the_clip_shows_and_asked_for_what_is_true(clips, config, tmp_path, monkeypatch):
+    shown = replace(clips, shown=torch.zeros_like(clips.latents))
+    settings = replace(SETTINGS, context_noise=0.0, own_context=0.0)
+    trainer = FlowTrainer(settings, config, shown, tmp_path)
+    seen = []
+    streams = trainer.streams
+
+    def watched(*args):
+        stream = streams(*args)
+        show = stream.show
+        monkeypatch.setattr(stream, "show", lambda latents, clean: (seen.append(latents), show(latents, clean)))
+        return stream
+
+    monkeypatch.setattr(trainer, "streams", watched)
+    loss, _ = trainer.loss(torch.tensor([0, 1]), torch.Generator().manual_seed(0))
+    assert len(seen) == 5
+    assert not torch.stack(seen).any()
+    other = FlowTrainer(settings, config, replace(shown, latents=2 * shown.latents), tmp_path)
+    asked, _ = other.loss(torch.tensor([0, 1]), torch.Generator().manual_seed(0))
+    assert asked > 1.5 * loss  # a new model answers zero: the loss is the variance of noise and truth
+
+
 def test_joined_clips_are_cut_to_the_blocks_asked_for(clips):
-    short = replace(clips, latents=clips.latents[:, :15], **{name: getattr(clips, name)[:, :5] for name in MARKS})
+    short = replace(
+        clips,
+        latents=clips.latents[:, :15],
+        shown=clips.shown[:, :15],
+        **{name: getattr(clips, name)[:, :5] for name in MARKS},
+    )
     joined = join_clips([clips, short], blocks=4)
     assert joined.latents.shape == (8, 12, 8, 8, 8)
     assert joined.reappear.shape == (8, 4)

@@ -224,4 +224,4 @@ def run(args: argparse.Namespace) -> int:
 
 def _part(clips: Clips, rows: slice) -> Clips:
     marks = {name: getattr(clips, name)[rows] for name in ("closed", "sighted", "first_open", "reappear")}
-    return Clips(clips.latents[rows], **marks, prompts=clips.prompts[rows], clips=clips.clips[rows])
+    return Clips(clips.latents[rows], clips.shown[rows], **marks, prompts=clips.prompts[rows], clips=clips.clips[rows])

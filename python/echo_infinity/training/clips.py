@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class ClipMix:
         sight: open blocks the first time.
         absence: closed blocks between sights. 2 is the least: the objects have then just left the local window.
         return_sight: open blocks every later time.
+        lost: share of clips, paths excepted, of which the model is shown a part without the objects, as if its own
+            rollout had lost them; what it is asked for has them still, so it learns to bring them back.
     """
 
     curtain: float = 0.7
@@ -49,6 +51,7 @@ class ClipMix:
     sight: Odds = ((1, 0.5), (2, 0.5))
     absence: Odds = ((2, 0.55), (3, 0.35), (4, 0.1))
     return_sight: Odds = ((2, 0.75), (3, 0.25))
+    lost: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -70,6 +73,7 @@ class ClipMix:
         closed = f"curtains closed for {self.absence[0][0]}-{self.absence[-1][0]} blocks"
         shares = {closed: self.curtain, "random curtains": self.random_curtain, "paths": self.path, "open": self.open}
         parts = [f"{share / total:.0%} {kind}" for kind, share in shares.items() if share]
+        parts += [f"objects lost for a while in {self.lost:.0%} of the others"] if self.lost else []
         return ", ".join([*parts, f"{1 - self.unnamed:.0%} of prompts name the objects"])
 
 
@@ -82,20 +86,29 @@ EVEN = ClipMix(
     absence=((2, 0.15), (3, 0.2), (4, 0.2), (5, 0.15), (6, 0.1), (8, 0.1), (12, 0.1)),
 )
 NAMED = ClipMix(curtain=0.0, random_curtain=0.0, path=0.0, open=1.0, unnamed=0.1)
-MIXES = {"short": SHORT_ABSENCE, "long": LONG_ABSENCE, "even": EVEN, "named": NAMED}
+RECOVER = replace(
+    EVEN,
+    sight=((1, 0.4), (2, 0.4), (3, 0.15), (5, 0.05)),
+    return_sight=((2, 0.6), (3, 0.3), (4, 0.05), (6, 0.05)),
+    lost=0.4,
+)
+MIXES = {"short": SHORT_ABSENCE, "long": LONG_ABSENCE, "even": EVEN, "named": NAMED, "recover": RECOVER}
 
 
 @dataclass(frozen=True)
 class Clips:
     """A cache in memory.
 
-    ``latents`` is ``(N, F, C, h, w)`` float16, normalised. The others are ``(N, F / 3)`` bool: ``closed`` the curtain
+    ``latents`` is ``(N, F, C, h, w)`` float16, normalised; ``shown``, alike, is what the model is shown of them, which
+    differs in clips that lose their objects for a while. The others are ``(N, F / 3)`` bool: ``closed`` the curtain
     is closed all through the block; ``sighted`` an object shows; ``first_open`` an object shows for the first time;
     ``reappear`` an object shows that showed once, but in none of the frames of the local window before this block.
+    From where a clip loses its objects no block is ``reappear``, and one in which they are missed is ``first_open``.
     ``clips`` holds, per clip, what ``clip_world`` needs.
     """
 
     latents: Tensor
+    shown: Tensor
     closed: Tensor
     sighted: Tensor
     first_open: Tensor
@@ -121,7 +134,17 @@ def draw_clip(seed: int, blocks: int, mix: ClipMix) -> dict[str, Any]:
         while len(closed) < blocks:
             closed += [True] * _draw(rng, mix.absence) + [False] * _draw(rng, mix.return_sight)
         recipe["curtain_blocks"] = closed  # past the clip's end too, so that the last timer tells the truth
+    recipe["lost"] = _draw_loss(seed, kind, blocks, mix.lost)
     return recipe
+
+
+def _draw_loss(seed: int, kind: str, blocks: int, share: float) -> tuple[int, int] | None:
+    """Return the blocks [first, end) that are shown without objects, if any."""
+    rng = np.random.default_rng([seed, 4])
+    if kind == "path" or rng.random() >= share:  # of a path the model can't tell objects that are away from lost ones
+        return None
+    first = int(rng.integers(max(1, blocks - 2)))
+    return first, min(blocks, first + int(rng.integers(3, max(4, blocks + 1))))
 
 
 def clip_world(recipe: dict[str, Any]) -> World:
@@ -129,8 +152,14 @@ def clip_world(recipe: dict[str, Any]) -> World:
     return World.from_seed(recipe["seed"], recipe["kind"], recipe["name_objects"], recipe["curtain_blocks"])
 
 
-def annotate(world: World, blocks: int) -> dict[str, Tensor]:
-    """Return the clip's ``closed``, ``sighted``, ``first_open`` and ``reappear``, each ``(blocks,)`` bool."""
+def annotate(world: World, blocks: int, lost: tuple[int, int] | None = None) -> dict[str, Tensor]:
+    """Return the clip's ``closed``, ``sighted``, ``first_open`` and ``reappear``, each ``(blocks,)`` bool.
+
+    Args:
+        world: what it shows.
+        blocks: its length.
+        lost: blocks [first, end) that are shown without objects.
+    """
     count = block_start(blocks)
     starts = [block_start(b) for b in range(blocks + 1)]
     shown = world.in_sight(0, count)
@@ -143,6 +172,13 @@ def annotate(world: World, blocks: int) -> dict[str, Tensor]:
         before[b] = seen[:window].any(0)
         first[b] = (seen[b] & ~seen[:b].any(0)).any()
         again[b] = (seen[b] & before[b] & ~seen[window:b].any(0)).any()
+    if lost is not None:
+        again[lost[0] :] = False
+        shown_to = seen.any(1)
+        shown_to[slice(*lost)] = False
+        missed = [b for b in range(*lost) if seen[b].any() and not shown_to[max(0, b - LOCAL_BLOCKS + 1) : b].any()]
+        if missed:  # one of them, or there would be many more of these than of true first sights
+            first[missed[sum(lost) % len(missed)]] = True
     closed = torch.stack([curtain[a:b].all() for a, b in itertools.pairwise(starts)])
     return {"closed": closed, "sighted": seen.any(1), "first_open": first, "reappear": again}
 
@@ -214,7 +250,8 @@ def load_clips(path: str | os.PathLike[str], limit: int | None = None) -> Clips:
         try:
             with safe_open(file_path, "pt") as file:
                 recipes += json.loads(file.metadata()["clips"])
-                parts.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+                part = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                parts.append({"shown": part["latents"], **part})
         except SafetensorError as error:
             raise ValueError(f"{file_path} can't be read ({error}); delete it and build the clips again") from error
     if not parts:
@@ -237,6 +274,7 @@ def join_clips(parts: Sequence[Clips], blocks: int) -> Clips:
     marks = ("closed", "sighted", "first_open", "reappear")
     return Clips(
         torch.cat([part.latents[:, :frames] for part in parts]),
+        torch.cat([part.shown[:, :frames] for part in parts]),
         **{name: torch.cat([getattr(part, name)[:, :blocks] for part in parts]) for name in marks},
         prompts=[prompt for part in parts for prompt in part.prompts],
         clips=[recipe for part in parts for recipe in part.clips],
@@ -274,17 +312,25 @@ def _encode(
     device: torch.device,
     bar: tqdm,
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    blocks = latent_frames // FRAMES_PER_BLOCK
-    latents, marks, recipes = [], [], []
+    blocks, count = latent_frames // FRAMES_PER_BLOCK, block_start(latent_frames // FRAMES_PER_BLOCK)
+    latents, shown, marks, recipes = [], [], [], []
     for first in range(clips.start, clips.stop, batch):
         group = [draw_clip((seed + 1 << 32) + i, blocks, mix) for i in range(first, min(first + batch, clips.stop))]
         worlds = [clip_world(recipe) for recipe in group]
-        frames = torch.stack([world.render(0, 4 * latent_frames - 3) for world in worlds])
+        frames = torch.stack([world.render(0, count) for world in worlds])
         latents.append(codec.encode(to_unit(frames).to(device))[0].half().cpu())
-        marks += [annotate(world, blocks) for world in worlds]
+        shown.append(latents[-1].clone())
+        losses = [recipe["lost"] for recipe in group]
+        if rows := [i for i, lost in enumerate(losses) if lost is not None]:
+            for i in rows:
+                start, end = (block_start(b) for b in losses[i])
+                frames[i, start:end] = replace(worlds[i], objects=()).render(start, end - start)
+            shown[-1][rows] = codec.encode(to_unit(frames[rows]).to(device))[0].half().cpu()
+        marks += [annotate(world, blocks, lost) for world, lost in zip(worlds, losses, strict=True)]
         recipes += [recipe | {"prompt": world.prompt} for recipe, world in zip(group, worlds, strict=True)]
         bar.update(len(group))
     tensors = {name: torch.stack([m[name] for m in marks]) for name in marks[0]}
+    tensors |= {"shown": torch.cat(shown)} if mix.lost else {}
     return tensors | {"latents": torch.cat(latents)}, recipes
 
 

@@ -229,7 +229,8 @@ class FlowTrainer(GeneratorTrainer):
             group of blocks in :data:`GROUPS`.
         """
         s, per_block, rows = self.settings, self.config.window.frames_per_block, self.ranks.rows(len(index))
-        latents = self.clips.latents[index[rows], : s.blocks * per_block].float().to(self.ranks.device)
+        clips, end = self.clips, s.blocks * per_block
+        latents, shown = (x[index[rows], :end].float().to(self.ranks.device) for x in (clips.latents, clips.shown))
         marks = {name: getattr(self.clips, name)[index] for name in GROUPS}
         batch = len(index)
         stream = self.streams(self._encode_text(index, generator), len(latents))
@@ -240,7 +241,8 @@ class FlowTrainer(GeneratorTrainer):
         for block in range(max(graded) + 1):
             stream.begin()
             stream.publish()  # the state that all calls of a block but its first see
-            x0 = latents[:, block * per_block : (block + 1) * per_block]
+            at = slice(block * per_block, (block + 1) * per_block)
+            x0 = latents[:, at]
             predicted, sigma = x0, torch.ones(len(x0), device=x0.device)
             u = torch.rand(batch, generator=generator)
             own = block not in graded and bool(torch.rand((), generator=generator) < s.own_context)
@@ -268,7 +270,8 @@ class FlowTrainer(GeneratorTrainer):
                     weights.append(torch.where(again, s.reappear_weight, 1.0))
                 predicted = to_x0(x_t, flow.detach(), levels)
             if block < max(graded):
-                stream.show(self._context(batch, x0, predicted, sigma, 1.0 if own else s.own_context, generator), clean)
+                own_share = 1.0 if own else s.own_context
+                stream.show(self._context(batch, shown[:, at], predicted, sigma, own_share, generator), clean)
         groups = {name: mark[:, list(graded)] for name, mark in marks.items()}
         loss, parts = self._graded(torch.stack(losses, 1), torch.stack(weights, 1), groups)
         return loss, parts | self.gate_statistics(gates)
@@ -328,15 +331,15 @@ class FlowTrainer(GeneratorTrainer):
     def _context(
         self,
         batch: int,
-        x0: Tensor,
+        shown: Tensor,
         predicted: Tensor,
         sigma: Tensor,
         own_share: float,
         generator: torch.Generator,
     ) -> Tensor:
-        """Latents for a context pass: noisy truth, or the model's own prediction, as it will meet in a rollout."""
+        """Latents for a context pass: what the clip shows, noisy, or the model's own prediction, as in a rollout."""
         rows = self.ranks.rows(batch)
-        level = self.settings.context_noise * torch.rand(batch, generator=generator)[rows].to(x0.device)
-        noisy = x0 + per_sample(level) * self.draw_noise(generator, x0.shape[1], batch)
-        own = (torch.rand(batch, generator=generator)[rows].to(x0.device) < own_share) & (sigma < 0.8)
+        level = self.settings.context_noise * torch.rand(batch, generator=generator)[rows].to(shown.device)
+        noisy = shown + per_sample(level) * self.draw_noise(generator, shown.shape[1], batch)
+        own = (torch.rand(batch, generator=generator)[rows].to(shown.device) < own_share) & (sigma < 0.8)
         return torch.where(per_sample(own), predicted, noisy)
