@@ -38,8 +38,8 @@ class ClipMix:
         sight: open blocks the first time.
         absence: closed blocks between sights. 2 is the least: the objects have then just left the local window.
         return_sight: open blocks every later time.
-        lost: share of clips, paths excepted, of which the model is shown a part without the objects, as if its own
-            rollout had lost them; what it is asked for has them still, so it learns to bring them back.
+        lost: share of curtain clips of which the model is shown a part without the objects, as if its own rollout had
+            lost them; what it is asked for has them still, so it learns to bring them back.
     """
 
     curtain: float = 0.7
@@ -73,7 +73,7 @@ class ClipMix:
         closed = f"curtains closed for {self.absence[0][0]}-{self.absence[-1][0]} blocks"
         shares = {closed: self.curtain, "random curtains": self.random_curtain, "paths": self.path, "open": self.open}
         parts = [f"{share / total:.0%} {kind}" for kind, share in shares.items() if share]
-        parts += [f"objects lost for a while in {self.lost:.0%} of the others"] if self.lost else []
+        parts += [f"objects lost for a while behind {self.lost:.0%} of curtains"] if self.lost else []
         return ", ".join([*parts, f"{1 - self.unnamed:.0%} of prompts name the objects"])
 
 
@@ -88,8 +88,8 @@ EVEN = ClipMix(
 NAMED = ClipMix(curtain=0.0, random_curtain=0.0, path=0.0, open=1.0, unnamed=0.1)
 RECOVER = replace(
     EVEN,
-    sight=((1, 0.4), (2, 0.4), (3, 0.15), (5, 0.05)),
-    return_sight=((2, 0.6), (3, 0.3), (4, 0.05), (6, 0.05)),
+    sight=((1, 0.4), (2, 0.4), (3, 0.1), (4, 0.04), (5, 0.03), (6, 0.02), (7, 0.01)),
+    return_sight=((2, 0.6), (3, 0.28), (4, 0.05), (5, 0.03), (6, 0.02), (7, 0.01), (8, 0.01)),
     lost=0.4,
 )
 MIXES = {"short": SHORT_ABSENCE, "long": LONG_ABSENCE, "even": EVEN, "named": NAMED, "recover": RECOVER}
@@ -141,7 +141,7 @@ def draw_clip(seed: int, blocks: int, mix: ClipMix) -> dict[str, Any]:
 def _draw_loss(seed: int, kind: str, blocks: int, share: float) -> tuple[int, int] | None:
     """Return the blocks [first, end) that are shown without objects, if any."""
     rng = np.random.default_rng([seed, 4])
-    if kind == "path" or rng.random() >= share:  # of a path the model can't tell objects that are away from lost ones
+    if "curtain" not in kind or rng.random() >= share:  # a path's are away for long anyway; open ones crowded the scene
         return None
     first = int(rng.integers(max(1, blocks - 2)))
     return first, min(blocks, first + int(rng.integers(3, max(4, blocks + 1))))
