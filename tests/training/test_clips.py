@@ -10,6 +10,7 @@ from echo_infinity.training.clips import (
     LOCAL_BLOCKS,
     LONG_ABSENCE,
     RECOVER,
+    SIGHT_BLOCKS,
     ClipMix,
     annotate,
     build_clips,
@@ -135,6 +136,22 @@ def test_lost_objects_are_missed_where_they_show_and_the_window_does_not_hold_th
             shown = [plain["sighted"][c] and not first <= c < end for c in range(max(0, b - LOCAL_BLOCKS + 1), b)]
             assert not any(shown)
         found += len(missed)
+    assert found > 30
+
+
+def test_only_the_blocks_between_the_second_and_the_last_of_a_long_sight_are_overstayed() -> None:
+    found = 0
+    for seed in range(200):
+        recipe = draw_clip(seed, 14, RECOVER)
+        marks = annotate(clip_world(recipe), 14)
+        if recipe["curtain_blocks"] is None:
+            assert not marks["overstayed"].any()
+            continue
+        closed, age = [*recipe["curtain_blocks"], False], 0
+        for b in range(14):
+            age = 0 if closed[b] else age + 1
+            assert marks["overstayed"][b] == (age >= SIGHT_BLOCKS and not closed[b + 1])
+        found += int(marks["overstayed"].sum())
     assert found > 30
 
 

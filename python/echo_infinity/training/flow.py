@@ -267,7 +267,8 @@ class FlowTrainer(GeneratorTrainer):
                         share = 1 + s.object_weight * object_share(x0)
                         weight = share if counted is None else share * counted
                     losses.append(flow_loss(flow, x0, noise, weight))
-                    weights.append(torch.where(again, s.reappear_weight, 1.0))
+                    asked = (~self.clips.overstayed[index, block]).float()
+                    weights.append(torch.where(again, s.reappear_weight, asked))
                 predicted = to_x0(x_t, flow.detach(), levels)
             if block < max(graded):
                 own_share = 1.0 if own else s.own_context
