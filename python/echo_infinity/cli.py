@@ -22,6 +22,7 @@ _DELEGATED = {
         "init": "echo_infinity.training.init",
         "distill": "echo_infinity.training.distill",
         "long": "echo_infinity.training.long",
+        "average": "echo_infinity.training.average",
         "ablate": "echo_infinity.training.ablate",
     },
 }
