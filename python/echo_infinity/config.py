@@ -223,7 +223,6 @@ PRESETS = {
         latent_rows=8,
         latent_columns=8,
         memory=MemoryConfig(width=128, heads=2, frames=3, tokens_per_frame=16, gate_bias=0.5, positions=True),
-        sampler=SamplerConfig(solver="euler"),
     ),
     "wan2.1-1.3b": EchoConfig(
         name="wan2.1-1.3b",

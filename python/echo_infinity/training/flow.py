@@ -158,6 +158,7 @@ class FlowTrainer(GeneratorTrainer):
     def __init__(
         self, settings: FlowTraining, config: EchoConfig, clips: Clips, out: Path, ranks: Ranks | None = None
     ) -> None:
+        config = replace(config, sampler=replace(config.sampler, solver="euler"))  # what a flow is followed with
         super().__init__(settings, config, out, ranks)
         self.clips = clips
         self.words = [self.text.tokenise(prompt) for prompt in clips.prompts]
