@@ -27,7 +27,7 @@ def run_stages(models: Path, out: Path, ranks: Ranks) -> None:
     """Train every stage in a folder of its own; what is left there is the checkpoint and the exported model."""
     student, teacher = load_checkpoint(models / "student"), load_checkpoint(models / "teacher")
     generator = torch.Generator().manual_seed(0)
-    marks = [torch.rand(6, 7, generator=generator) < 0.4 for _ in range(4)] + [torch.zeros(6, 7, dtype=torch.bool)]
+    marks = [torch.rand(6, 7, generator=generator) < 0.4 for _ in range(4)]
     latents = torch.randn(6, 21, 4, 4, 4, generator=generator).half()
     clips = Clips(latents, latents, *marks, prompts=[PROMPTS[i % 2] for i in range(6)], clips=[{}] * 6)
     paths = Trajectories(torch.randn(6, 5, 21, 4, 4, 4, generator=generator).half(), clips.prompts)

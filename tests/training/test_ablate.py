@@ -15,7 +15,7 @@ SETTINGS = Ablation(steps=1, batch=2, blocks=7, graded=3, scenes=0, held_out=3)
 
 @pytest.fixture
 def clips(prompts):
-    marks = [torch.rand(8, 7) < 0.4 for _ in range(5)]
+    marks = [torch.rand(8, 7) < 0.4 for _ in range(4)]
     latents = torch.randn(8, 21, 4, 4, 4).half()
     return Clips(latents, latents, *marks, prompts=[prompts[i % 3] for i in range(8)], clips=[{}] * 8)
 

@@ -20,12 +20,10 @@ from tqdm import tqdm
 
 from ..codec import Codec, to_unit
 from ..worlds import World, block_start
-from ..worlds.curtain import FRAMES_PER_BLOCK, BlockSchedule
+from ..worlds.curtain import FRAMES_PER_BLOCK
 
 Odds = tuple[tuple[int, float], ...]
 LOCAL_BLOCKS = 3  # the local window, 9 latent frames, the current block included
-SIGHT_BLOCKS = 3  # after which a curtain closes at the latest
-MARKS = ("closed", "sighted", "first_open", "reappear", "overstayed")
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,6 @@ class ClipMix:
         sight: open blocks the first time.
         absence: closed blocks between sights. 2 is the least: the objects have then just left the local window.
         return_sight: open blocks every later time.
-        overstay: share of sights of aligned curtains that last for up to ten blocks, as in a rollout that has missed to
-            close one. Its blocks past the second are shown, but not asked for, except the last, which closes.
         lost: share of clips, paths excepted, of which the model is shown a part without the objects, as if its own
             rollout had lost them; what it is asked for has them still, so it learns to bring them back.
     """
@@ -55,7 +51,6 @@ class ClipMix:
     sight: Odds = ((1, 0.5), (2, 0.5))
     absence: Odds = ((2, 0.55), (3, 0.35), (4, 0.1))
     return_sight: Odds = ((2, 0.75), (3, 0.25))
-    overstay: float = 0.0
     lost: float = 0.0
 
     def __post_init__(self) -> None:
@@ -79,7 +74,6 @@ class ClipMix:
         shares = {closed: self.curtain, "random curtains": self.random_curtain, "paths": self.path, "open": self.open}
         parts = [f"{share / total:.0%} {kind}" for kind, share in shares.items() if share]
         parts += [f"objects lost for a while in {self.lost:.0%} of the others"] if self.lost else []
-        parts += [f"{self.overstay:.0%} of curtains open for too long"] if self.overstay else []
         return ", ".join([*parts, f"{1 - self.unnamed:.0%} of prompts name the objects"])
 
 
@@ -92,7 +86,12 @@ EVEN = ClipMix(
     absence=((2, 0.15), (3, 0.2), (4, 0.2), (5, 0.15), (6, 0.1), (8, 0.1), (12, 0.1)),
 )
 NAMED = ClipMix(curtain=0.0, random_curtain=0.0, path=0.0, open=1.0, unnamed=0.1)
-RECOVER = replace(EVEN, overstay=0.25, lost=0.4)
+RECOVER = replace(
+    EVEN,
+    sight=((1, 0.4), (2, 0.4), (3, 0.1), (4, 0.04), (5, 0.03), (6, 0.02), (7, 0.01)),
+    return_sight=((2, 0.6), (3, 0.28), (4, 0.05), (5, 0.03), (6, 0.02), (7, 0.01), (8, 0.01)),
+    lost=0.4,
+)
 MIXES = {"short": SHORT_ABSENCE, "long": LONG_ABSENCE, "even": EVEN, "named": NAMED, "recover": RECOVER}
 
 
@@ -104,7 +103,6 @@ class Clips:
     differs in clips that lose their objects for a while. The others are ``(N, F / 3)`` bool: ``closed`` the curtain
     is closed all through the block; ``sighted`` an object shows; ``first_open`` an object shows for the first time;
     ``reappear`` an object shows that showed once, but in none of the frames of the local window before this block.
-    ``overstayed`` the curtain has been open for longer than worlds have it, and does not close yet.
     From where a clip loses its objects no block is ``reappear``, and one in which they are missed is ``first_open``.
     ``clips`` holds, per clip, what ``clip_world`` needs.
     """
@@ -115,7 +113,6 @@ class Clips:
     sighted: Tensor
     first_open: Tensor
     reappear: Tensor
-    overstayed: Tensor
     prompts: list[str]
     clips: list[dict[str, Any]]
 
@@ -133,15 +130,9 @@ def draw_clip(seed: int, blocks: int, mix: ClipMix) -> dict[str, Any]:
     recipe["name_objects"] = bool(rng.random() >= mix.unnamed)
     recipe["curtain_blocks"] = None
     if kind == "curtain":
-        late = np.random.default_rng([seed, 5])  # of its own, so that other mixes keep their clips
-
-        def stay(odds: Odds) -> list[bool]:
-            usual, longer = _draw(rng, odds), int(late.integers(4, 11))
-            return [False] * (longer if late.random() < mix.overstay else usual)
-
-        closed = [True] * _draw(rng, mix.wait) + stay(mix.sight)
+        closed = [True] * _draw(rng, mix.wait) + [False] * _draw(rng, mix.sight)
         while len(closed) < blocks:
-            closed += [True] * _draw(rng, mix.absence) + stay(mix.return_sight)
+            closed += [True] * _draw(rng, mix.absence) + [False] * _draw(rng, mix.return_sight)
         recipe["curtain_blocks"] = closed  # past the clip's end too, so that the last timer tells the truth
     recipe["lost"] = _draw_loss(seed, kind, blocks, mix.lost)
     return recipe
@@ -162,7 +153,7 @@ def clip_world(recipe: dict[str, Any]) -> World:
 
 
 def annotate(world: World, blocks: int, lost: tuple[int, int] | None = None) -> dict[str, Tensor]:
-    """Return the clip's :data:`MARKS`, each ``(blocks,)`` bool; see :class:`Clips`.
+    """Return the clip's ``closed``, ``sighted``, ``first_open`` and ``reappear``, each ``(blocks,)`` bool.
 
     Args:
         world: what it shows.
@@ -189,13 +180,7 @@ def annotate(world: World, blocks: int, lost: tuple[int, int] | None = None) -> 
         if missed:  # one of them, or there would be many more of these than of true first sights
             first[missed[sum(lost) % len(missed)]] = True
     closed = torch.stack([curtain[a:b].all() for a, b in itertools.pairwise(starts)])
-    overstayed = torch.zeros(blocks, dtype=torch.bool)
-    if isinstance(world.schedule, BlockSchedule):
-        flags = [*world.schedule.closed, False]  # past its end nothing closes
-        for b in range(blocks):
-            overstayed[b] = not any(flags[b - SIGHT_BLOCKS + 1 : b + 2]) and b >= SIGHT_BLOCKS
-    marks = (closed, seen.any(1), first, again, overstayed)
-    return dict(zip(MARKS, marks, strict=True))
+    return {"closed": closed, "sighted": seen.any(1), "first_open": first, "reappear": again}
 
 
 def build_clips(
@@ -266,7 +251,7 @@ def load_clips(path: str | os.PathLike[str], limit: int | None = None) -> Clips:
             with safe_open(file_path, "pt") as file:
                 recipes += json.loads(file.metadata()["clips"])
                 part = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                parts.append({"shown": part["latents"], "overstayed": torch.zeros_like(part["closed"]), **part})
+                parts.append({"shown": part["latents"], **part})
         except SafetensorError as error:
             raise ValueError(f"{file_path} can't be read ({error}); delete it and build the clips again") from error
     if not parts:
@@ -286,10 +271,11 @@ def join_clips(parts: Sequence[Clips], blocks: int) -> Clips:
     if shortest < blocks:
         raise ValueError(f"the clips have {shortest} blocks, {blocks} are asked for; build longer ones or use fewer")
     frames = blocks * FRAMES_PER_BLOCK
+    marks = ("closed", "sighted", "first_open", "reappear")
     return Clips(
         torch.cat([part.latents[:, :frames] for part in parts]),
         torch.cat([part.shown[:, :frames] for part in parts]),
-        **{name: torch.cat([getattr(part, name)[:, :blocks] for part in parts]) for name in MARKS},
+        **{name: torch.cat([getattr(part, name)[:, :blocks] for part in parts]) for name in marks},
         prompts=[prompt for part in parts for prompt in part.prompts],
         clips=[recipe for part in parts for recipe in part.clips],
     )

@@ -268,8 +268,7 @@ class FlowTrainer(GeneratorTrainer):
                         share = 1 + s.object_weight * object_share(x0)
                         weight = share if counted is None else share * counted
                     losses.append(flow_loss(flow, x0, noise, weight))
-                    asked = (~self.clips.overstayed[index, block]).float()
-                    weights.append(torch.where(again, s.reappear_weight, asked))
+                    weights.append(torch.where(again, s.reappear_weight, 1.0))
                 predicted = to_x0(x_t, flow.detach(), levels)
             if block < max(graded):
                 own_share = 1.0 if own else s.own_context
