@@ -149,7 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--init", required=True, help="model to start from: a causal one, or the teacher")
     parser.add_argument("--teacher", default=None, help="folder of a model from 'train flow --bidirectional'")
-    parser.add_argument("--prompts", type=Path, default=None, help="for the teacher: text file or folder of clips")
+    parser.add_argument("--prompts", type=Path, nargs="+", help="for the teacher: text files or folders of clips")
     parser.add_argument("--clips", type=Path, nargs="+", default=None, help="without a teacher: folders of clips")
     parser.add_argument("--blocks", type=int, default=7, help="without a teacher: blocks of a clip that are used")
     parser.add_argument("--out", type=Path, default=Path("runs/init"), help="folder of checkpoint, log and model")

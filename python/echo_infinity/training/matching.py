@@ -268,7 +268,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, stage: str) -> None:
     parser.add_argument("--student", required=True, help="folder of the model to start from")
     parser.add_argument("--teacher", required=True, help="folder of a model from 'train flow --bidirectional'")
     parser.add_argument("--fake", default=None, help="folder of the fake score to start from; default the teacher")
-    parser.add_argument("--prompts", type=Path, required=True, help="text file, a prompt a line, or a folder of clips")
+    parser.add_argument(
+        "--prompts", type=Path, nargs="+", required=True, help="text files, a prompt a line, or folders of clips"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs") / stage, help="folder of checkpoint, log and models")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--restart", action="store_true", help="ignore the checkpoint in --out")

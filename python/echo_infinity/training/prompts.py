@@ -1,19 +1,24 @@
-"""Prompts for stages that need no videos: from a text file or from a folder of clips."""
+"""Prompts for stages that need no videos: from text files or from folders of clips."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import safe_open
 
 
-def load_prompts(path: Path) -> list[str]:
-    """Return the lines of a text file that are not empty, or the prompts of a folder's clips.
+def load_prompts(paths: Sequence[Path]) -> list[str]:
+    """Return the lines of text files that are not empty, and the prompts of folders' clips, in turn.
 
     Raises:
-        ValueError: there are none.
+        ValueError: one of the paths has none.
     """
+    return [prompt for path in paths for prompt in _prompts(path)]
+
+
+def _prompts(path: Path) -> list[str]:
     prompts: list[str] = []
     if path.is_file():
         prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
