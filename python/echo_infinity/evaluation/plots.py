@@ -71,14 +71,16 @@ def _drift(runs: Sequence[Run], path: Path) -> None:
     if not runs:
         return
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(len(drift.MEASURES), 1, figsize=(9, 2.3 * len(drift.MEASURES)), sharex=True)
+    panels = len(drift.MEASURES) + 1
+    figure, axes = pyplot.subplots(panels, 1, figsize=(9, 2.3 * panels), sharex=True)
     for run in runs:
         score = run.drift
         rows = [row for row in run.rows["drift"] if not row.get("failed")]
         streams = sorted({row["stream"] for row in rows})
-        for ax, name in zip(axes, drift.MEASURES, strict=True):
-            series = [[row for row in rows if row["stream"] == i] for i in streams]
-            n = min(len(x) for x in series)
+        series = [[row for row in rows if row["stream"] == i] for i in streams]
+        n = min(len(x) for x in series)
+        axes[-1].plot((np.arange(n) + 0.5) / 60, [row["resident"] / 2**20 for row in series[0][:n]], label=run.name)
+        for ax, name in zip(axes[:-1], drift.MEASURES, strict=True):
             values = np.array([[np.nan if row[name] is None else row[name] for row in x[:n]] for x in series])
             if np.isnan(values).all():
                 continue
@@ -92,7 +94,8 @@ def _drift(runs: Sequence[Run], path: Path) -> None:
             ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     axes[0].set_title("median over streams, 10 - 90 % shaded")
-    axes[-1].set_xlabel("hours")
+    axes[-1].set(xlabel="hours", ylabel="process memory, MiB", ylim=(0, 1.2 * axes[-1].dataLim.y1))
+    axes[-1].grid(alpha=0.3)
     _save(figure, path)
 
 
