@@ -22,6 +22,16 @@ from echo_infinity.stream import Stream
 from echo_infinity.video import VideoWriteError, VideoWriter
 
 
+def frames_ahead(stream: Stream, frames: int) -> int:
+    """Return by how many frames a video will be ahead of its stream once what waits is decoded.
+
+    Args:
+        stream: generates.
+        frames: that the video has, those decoded and not written yet included.
+    """
+    return frames + stream.undecoded - stream.frames
+
+
 class Recorder:
     """Drive a stream until its video is long enough.
 
@@ -64,7 +74,7 @@ class Recorder:
         self._error: OSError | VideoWriteError | None = None
         waiting = stream.waiting
         self._waiting = deque(zip(waiting, range(stream.block - len(waiting), stream.block), strict=True))
-        self.offset = self.written + len(self.rest) + stream.undecoded - stream.frames  # of video against stream
+        self.offset = frames_ahead(stream, self.written + len(self.rest))
         self._saved_at = 0.0
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:

@@ -52,7 +52,7 @@ class Shots:
         return self.sampler.frame == self._latents
 
     @property
-    def newest(self) -> float:
+    def block_began(self) -> float:
         """Seconds at which the block began whose prompt is in effect: the newest, or one that could not be made yet."""
         if self.script.past[-1].block == self.sampler.block:
             return self.seconds

@@ -240,7 +240,7 @@ class Stream:
         self.pipe.check_prompts(schedule)
         with self.lock:
             self._check_usable()
-            self.shots.script.rewrite(schedule, self.shots.newest, self.block)
+            self.shots.script.rewrite(schedule, self.shots.block_began, self.block)
 
     @torch.inference_mode()
     def start_from(self, image: Tensor) -> None:

@@ -10,7 +10,9 @@ from echo_infinity.evaluation.drift import Drift, DriftTest, score, verdicts
 from echo_infinity.evaluation.features import LEVELS, block_features
 from echo_infinity.evaluation.journal import Journal
 from echo_infinity.evaluation.pictures import contact_sheet, read_png, write_png
+from echo_infinity.evaluation.plots import write_plots
 from echo_infinity.evaluation.real import Real, load_reference, real_clips, real_worlds
+from echo_infinity.evaluation.report import Run
 from echo_infinity.finite import NonFiniteError
 from echo_infinity.state import read_state
 from echo_infinity.video import open_writer
@@ -209,6 +211,16 @@ def test_nan_ends_a_run_with_a_row_that_says_so(hasty, tmp_path, monkeypatch):
     Drift(hasty, "evolving", test, None, tmp_path).run(journal, again.append)
     assert len(journal.rows) == 2
     assert sum(again) == judge.steps()
+
+
+def test_a_run_that_fails_in_its_first_minute_leaves_the_others_their_plot(tmp_path):
+    settings = {"drift": {"prompts": list(PROMPTS)}}
+    failed = Run("spoilt", settings, {"drift": [{"stream": 0, "minute": 0, "failed": "block 3 holds NaN"}]})
+    good = Run("good", settings, {"drift": [{**row, "distance": None, "resident": 2**28} for row in rows(1)]})
+    write_plots([failed], tmp_path)
+    assert not (tmp_path / "drift.png").exists()
+    write_plots([good, failed], tmp_path)
+    assert (tmp_path / "drift.png").is_file()
 
 
 def test_real_worlds_are_near_each_other_and_kept(untrained, tmp_path):

@@ -6,17 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from echo_infinity.codec import Codec, CodecConfig, to_unit
-from echo_infinity.training.clips import (
-    LOCAL_BLOCKS,
-    LONG_ABSENCE,
-    RECOVER,
-    ClipMix,
-    annotate,
-    build_clips,
-    clip_world,
-    draw_clip,
-    load_clips,
-)
+from echo_infinity.training.clips import annotate, build_clips, load_clips
+from echo_infinity.training.mixes import LOCAL_BLOCKS, LONG_ABSENCE, RECOVER, ClipMix, clip_world, draw_clip
 from echo_infinity.worlds import block_start
 
 from tests.numerics import assert_same_bits

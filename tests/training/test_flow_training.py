@@ -8,7 +8,7 @@ import torch
 from echo_infinity.codec import Codec, CodecConfig
 from echo_infinity.config import preset
 from echo_infinity.ranks import Ranks
-from echo_infinity.training.clips import Clips, join_clips
+from echo_infinity.training.clips import MARKS, Clips, join_clips
 from echo_infinity.training.denoiser import Denoiser, clip_flow
 from echo_infinity.training.flow import FlowTrainer, FlowTraining, configure, object_share
 from echo_infinity.training.passes import StreamPasses
@@ -17,7 +17,6 @@ from numerics import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
-MARKS = ("closed", "sighted", "first_open", "reappear")
 SETTINGS = FlowTraining(steps=4, batch=2, blocks=6, warmup=1, bf16=False, own_context=0.5)
 
 

@@ -19,7 +19,7 @@ from echo_infinity.image import load_image
 from echo_infinity.parallel import Ranks
 from echo_infinity.pipeline import EchoPipeline
 from echo_infinity.prompts import read_schedule
-from echo_infinity.record import append_line
+from echo_infinity.record import append_line, frames_ahead
 from echo_infinity.settings import frame_count
 from echo_infinity.state import SavedStream, SavedVideo
 from echo_infinity.stream import Stream
@@ -59,7 +59,7 @@ class _Plan(NamedTuple):
         """Frames by which the video is ahead of its stream."""
         have = 0 if self.position is None else self.position.frames
         rest = 0 if self.stream.video is None else len(self.stream.video.rest)
-        return have + rest + self.stream.undecoded - self.stream.frames
+        return frames_ahead(self.stream, have + rest)
 
 
 @dataclass(frozen=True)

@@ -68,23 +68,23 @@ def _recall(runs: Sequence[Run], path: Path) -> None:
 
 
 def _drift(runs: Sequence[Run], path: Path) -> None:
+    finite = {run.name: [row for row in run.rows["drift"] if not row.get("failed")] for run in runs}
+    runs = [run for run in runs if finite[run.name]]
     if not runs:
         return
     pyplot = _pyplot()
     panels = len(drift.MEASURES) + 1
     figure, axes = pyplot.subplots(panels, 1, figsize=(9, 2.3 * panels), sharex=True)
     for run in runs:
-        score = run.drift
-        rows = [row for row in run.rows["drift"] if not row.get("failed")]
-        streams = sorted({row["stream"] for row in rows})
-        series = [[row for row in rows if row["stream"] == i] for i in streams]
+        score, rows = run.drift, finite[run.name]
+        series = [[row for row in rows if row["stream"] == i] for i in sorted({row["stream"] for row in rows})]
         n = min(len(x) for x in series)
-        axes[-1].plot((np.arange(n) + 0.5) / 60, [row["resident"] / 2**20 for row in series[0][:n]], label=run.name)
+        hours = (np.arange(n) + 0.5) / 60
+        axes[-1].plot(hours, [row["resident"] / 2**20 for row in series[0][:n]], label=run.name)
         for ax, name in zip(axes[:-1], drift.MEASURES, strict=True):
             values = np.array([[np.nan if row[name] is None else row[name] for row in x[:n]] for x in series])
             if np.isnan(values).all():
                 continue
-            hours = (np.arange(n) + 0.5) / 60
             low, middle, high = np.nanpercentile(values, [10, 50, 90], axis=0)
             (line,) = ax.plot(hours, middle, label=run.name)
             ax.fill_between(hours, low, high, alpha=0.15, color=line.get_color())

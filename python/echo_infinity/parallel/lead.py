@@ -68,7 +68,7 @@ class Lead:
         return next(self._numbers)
 
     def sampler(
-        self, pipe: Engine, memory: str, text: list[KV], noise: Noise, memory_dtype: torch.dtype | None
+        self, engine: Engine, memory: str, text: list[KV], noise: Noise, memory_dtype: torch.dtype | None
     ) -> LeadSampler:
         """Start a stream on all processes.
 
@@ -80,7 +80,7 @@ class Lead:
             raise ValueError(
                 f"process {self.split.ranks.rank} starts no streams: run the program under echo_infinity.parallel.lead"
             )
-        return LeadSampler(self, memory, pipe.generator(memory), text, noise, memory_dtype=memory_dtype)
+        return LeadSampler(self, memory, engine.generator(memory), text, noise, memory_dtype=memory_dtype)
 
     @contextlib.contextmanager
     def order(self, name: str, stream: int, arguments: dict[str, Any]) -> Iterator[None]:
@@ -116,7 +116,7 @@ class Lead:
                 self._tell(_Order("leave", -1, {}, []))
                 self._failure = RuntimeError("the program has ended")
 
-    def follow(self, pipe: Engine) -> None:
+    def follow(self, engine: Engine) -> None:
         """Do what the first process orders until it leaves.
 
         Raises:
@@ -128,7 +128,7 @@ class Lead:
                 streams.pop(number, None)
             with contextlib.suppress(*_SAME_EVERYWHERE):
                 if order.name == "start":
-                    streams[order.stream] = self._start(pipe, **order.arguments)
+                    streams[order.stream] = self._start(engine, **order.arguments)
                 else:
                     self._obey(streams[order.stream], order)
 
@@ -143,10 +143,10 @@ class Lead:
             distributed.broadcast(x.contiguous(), src=0)
 
     def _start(
-        self, pipe: Engine, memory: str, batch: int, memory_dtype: torch.dtype | None, text: _TextShapes
+        self, engine: Engine, memory: str, batch: int, memory_dtype: torch.dtype | None, text: _TextShapes
     ) -> SplitSampler:
-        received = _receive(text, pipe.config.model.layers, pipe.device)
-        return SplitSampler(pipe.generator(memory), received, None, self.split, batch, memory_dtype)
+        received = _receive(text, engine.config.model.layers, engine.device)
+        return SplitSampler(engine.generator(memory), received, None, self.split, batch, memory_dtype)
 
     def _obey(self, sampler: SplitSampler, order: _Order) -> None:
         given = order.arguments
@@ -177,12 +177,12 @@ class Lead:
         return box[0]
 
 
-def lead(pipe: Engine, program: Callable[[], T]) -> T | None:
+def lead(engine: Engine, program: Callable[[], T]) -> T | None:
     """Run a program on the first process while the others do their share of its streams.
 
     Args:
-        pipe: loaded with ``ranks=join_ranks()`` on every process.
-        program: starts and runs streams of ``pipe`` as on one process; called on the first process only.
+        engine: loaded with ``ranks=join_ranks()`` on every process.
+        program: starts and runs the engine's streams as on one process; called on the first process only.
 
     Returns:
         What ``program`` returned, on the first process; None on the others, when it has ended.
@@ -190,15 +190,15 @@ def lead(pipe: Engine, program: Callable[[], T]) -> T | None:
     Raises:
         RuntimeError: on the others, the first ended without a word.
     """
-    if pipe.lead is None:
+    if engine.lead is None:
         return program()
-    if not pipe.lead.split.first:
-        pipe.lead.follow(pipe)
+    if not engine.lead.split.first:
+        engine.lead.follow(engine)
         return None
     try:
         return program()
     finally:
-        pipe.lead.leave()
+        engine.lead.leave()
 
 
 def _receive(text: _TextShapes, layers: int, device: torch.device) -> list[KV]:

@@ -19,7 +19,7 @@ from echo_infinity.codec import Codec
 from echo_infinity.config import EchoConfig, preset
 from echo_infinity.evaluation.journal import Journal
 from echo_infinity.evaluation.recall import Recall, RecallTest, cells
-from echo_infinity.training.clips import Clips, join_clips, load_clips
+from echo_infinity.training.clips import MARKS, Clips, join_clips, load_clips
 from echo_infinity.training.flow import FlowTrainer, FlowTraining
 from echo_infinity.weights import load_checkpoint
 
@@ -223,5 +223,5 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _part(clips: Clips, rows: slice) -> Clips:
-    marks = {name: getattr(clips, name)[rows] for name in ("closed", "sighted", "first_open", "reappear")}
+    marks = {name: getattr(clips, name)[rows] for name in MARKS}
     return Clips(clips.latents[rows], clips.shown[rows], **marks, prompts=clips.prompts[rows], clips=clips.clips[rows])

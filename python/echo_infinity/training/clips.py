@@ -7,11 +7,10 @@ import itertools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,78 +20,9 @@ from tqdm import tqdm
 from ..codec import Codec, to_unit
 from ..worlds import World, block_start
 from ..worlds.curtain import FRAMES_PER_BLOCK
+from .mixes import LOCAL_BLOCKS, MIXES, SHORT_ABSENCE, ClipMix, clip_world, draw_clip
 
-Odds = tuple[tuple[int, float], ...]
-LOCAL_BLOCKS = 3  # the local window, 9 latent frames, the current block included
-
-
-@dataclass(frozen=True)
-class ClipMix:
-    """What the clips show. ``Odds`` are pairs (number of blocks, weight).
-
-    Args:
-        curtain, random_curtain, path, open: weights of the kinds: curtain aligned to blocks, curtain with random
-            durations, objects that leave along a path, objects that stay.
-        unnamed: share of prompts that don't name the objects, by kind alike.
-        wait: closed blocks at the start (block 0 holds the sink frames).
-        sight: open blocks the first time.
-        absence: closed blocks between sights. 2 is the least: the objects have then just left the local window.
-        return_sight: open blocks every later time.
-        lost: share of clips, paths excepted, of which the model is shown a part without the objects, as if its own
-            rollout had lost them; what it is asked for has them still, so it learns to bring them back.
-    """
-
-    curtain: float = 0.7
-    random_curtain: float = 0.1
-    path: float = 0.1
-    open: float = 0.1
-    unnamed: float = 0.75
-    wait: Odds = ((1, 0.7), (2, 0.3))
-    sight: Odds = ((1, 0.5), (2, 0.5))
-    absence: Odds = ((2, 0.55), (3, 0.35), (4, 0.1))
-    return_sight: Odds = ((2, 0.75), (3, 0.25))
-    lost: float = 0.0
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int | float):
-                if value < 0:
-                    raise ValueError(f"{field.name} must not be negative, got {value}")
-            elif not value or any(blocks < 1 or weight < 0 for blocks, weight in value):
-                raise ValueError(f"{field.name} must be pairs (blocks >= 1, weight >= 0), got {value}")
-        if min(blocks for blocks, _ in self.absence) < LOCAL_BLOCKS - 1:
-            raise ValueError(
-                f"absence {self.absence} is shorter than {LOCAL_BLOCKS - 1} blocks: the objects would still be in "
-                "the local window when the curtain opens"
-            )
-
-    def summary(self) -> str:
-        """Say in a line what the clips show."""
-        total = self.curtain + self.random_curtain + self.path + self.open
-        closed = f"curtains closed for {self.absence[0][0]}-{self.absence[-1][0]} blocks"
-        shares = {closed: self.curtain, "random curtains": self.random_curtain, "paths": self.path, "open": self.open}
-        parts = [f"{share / total:.0%} {kind}" for kind, share in shares.items() if share]
-        parts += [f"objects lost for a while in {self.lost:.0%} of the others"] if self.lost else []
-        return ", ".join([*parts, f"{1 - self.unnamed:.0%} of prompts name the objects"])
-
-
-SHORT_ABSENCE = ClipMix()
-LONG_ABSENCE = ClipMix(absence=((2, 0.2), (3, 0.25), (4, 0.25), (5, 0.15), (6, 0.15)))
-EVEN = ClipMix(
-    curtain=0.3,
-    open=0.5,
-    unnamed=0.5,
-    absence=((2, 0.15), (3, 0.2), (4, 0.2), (5, 0.15), (6, 0.1), (8, 0.1), (12, 0.1)),
-)
-NAMED = ClipMix(curtain=0.0, random_curtain=0.0, path=0.0, open=1.0, unnamed=0.1)
-RECOVER = replace(
-    EVEN,
-    sight=((1, 0.4), (2, 0.4), (3, 0.1), (4, 0.04), (5, 0.03), (6, 0.02), (7, 0.01)),
-    return_sight=((2, 0.6), (3, 0.28), (4, 0.05), (5, 0.03), (6, 0.02), (7, 0.01), (8, 0.01)),
-    lost=0.4,
-)
-MIXES = {"short": SHORT_ABSENCE, "long": LONG_ABSENCE, "even": EVEN, "named": NAMED, "recover": RECOVER}
+MARKS = ("closed", "sighted", "first_open", "reappear")
 
 
 @dataclass(frozen=True)
@@ -120,40 +50,8 @@ class Clips:
         return len(self.prompts)
 
 
-def draw_clip(seed: int, blocks: int, mix: ClipMix) -> dict[str, Any]:
-    """Return the recipe of clip number ``seed``: kind, schedule and whether the prompt names the objects."""
-    rng = np.random.default_rng([seed, 3])
-    kinds = ("curtain", "random_curtain", "path", "open")
-    weights = np.array([getattr(mix, kind) for kind in kinds])
-    kind = kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))]
-    recipe: dict[str, Any] = {"seed": seed, "kind": "curtain" if kind == "random_curtain" else kind}
-    recipe["name_objects"] = bool(rng.random() >= mix.unnamed)
-    recipe["curtain_blocks"] = None
-    if kind == "curtain":
-        closed = [True] * _draw(rng, mix.wait) + [False] * _draw(rng, mix.sight)
-        while len(closed) < blocks:
-            closed += [True] * _draw(rng, mix.absence) + [False] * _draw(rng, mix.return_sight)
-        recipe["curtain_blocks"] = closed  # past the clip's end too, so that the last timer tells the truth
-    recipe["lost"] = _draw_loss(seed, kind, blocks, mix.lost)
-    return recipe
-
-
-def _draw_loss(seed: int, kind: str, blocks: int, share: float) -> tuple[int, int] | None:
-    """Return the blocks [first, end) that are shown without objects, if any."""
-    rng = np.random.default_rng([seed, 4])
-    if kind == "path" or rng.random() >= share:  # of a path the model can't tell objects that are away from lost ones
-        return None
-    first = int(rng.integers(max(1, blocks - 2)))
-    return first, min(blocks, first + int(rng.integers(3, max(4, blocks + 1))))
-
-
-def clip_world(recipe: dict[str, Any]) -> World:
-    """Return the world a clip was rendered from, for its truth."""
-    return World.from_seed(recipe["seed"], recipe["kind"], recipe["name_objects"], recipe["curtain_blocks"])
-
-
 def annotate(world: World, blocks: int, lost: tuple[int, int] | None = None) -> dict[str, Tensor]:
-    """Return the clip's ``closed``, ``sighted``, ``first_open`` and ``reappear``, each ``(blocks,)`` bool.
+    """Return the clip's :data:`MARKS`, each ``(blocks,)`` bool; :class:`Clips` says what they are.
 
     Args:
         world: what it shows.
@@ -174,13 +72,13 @@ def annotate(world: World, blocks: int, lost: tuple[int, int] | None = None) -> 
         again[b] = (seen[b] & before[b] & ~seen[window:b].any(0)).any()
     if lost is not None:
         again[lost[0] :] = False
-        shown_to = seen.any(1)
-        shown_to[slice(*lost)] = False
-        missed = [b for b in range(*lost) if seen[b].any() and not shown_to[max(0, b - LOCAL_BLOCKS + 1) : b].any()]
+        held = seen.any(1)  # blocks that are shown with objects, which the window then holds
+        held[slice(*lost)] = False
+        missed = [b for b in range(*lost) if seen[b].any() and not held[max(0, b - LOCAL_BLOCKS + 1) : b].any()]
         if missed:  # one of them, or there would be many more of these than of true first sights
             first[missed[sum(lost) % len(missed)]] = True
     closed = torch.stack([curtain[a:b].all() for a, b in itertools.pairwise(starts)])
-    return {"closed": closed, "sighted": seen.any(1), "first_open": first, "reappear": again}
+    return dict(zip(MARKS, (closed, seen.any(1), first, again), strict=True))
 
 
 def build_clips(
@@ -271,11 +169,10 @@ def join_clips(parts: Sequence[Clips], blocks: int) -> Clips:
     if shortest < blocks:
         raise ValueError(f"the clips have {shortest} blocks, {blocks} are asked for; build longer ones or use fewer")
     frames = blocks * FRAMES_PER_BLOCK
-    marks = ("closed", "sighted", "first_open", "reappear")
     return Clips(
         torch.cat([part.latents[:, :frames] for part in parts]),
         torch.cat([part.shown[:, :frames] for part in parts]),
-        **{name: torch.cat([getattr(part, name)[:, :blocks] for part in parts]) for name in marks},
+        **{name: torch.cat([getattr(part, name)[:, :blocks] for part in parts]) for name in MARKS},
         prompts=[prompt for part in parts for prompt in part.prompts],
         clips=[recipe for part in parts for recipe in part.clips],
     )
@@ -312,26 +209,37 @@ def _encode(
     device: torch.device,
     bar: tqdm,
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    blocks, count = latent_frames // FRAMES_PER_BLOCK, block_start(latent_frames // FRAMES_PER_BLOCK)
-    latents, shown, marks, recipes = [], [], [], []
+    blocks = latent_frames // FRAMES_PER_BLOCK
+    parts: dict[str, list[Tensor]] = {"latents": [], **({"shown": []} if mix.lost else {})}
+    marks, recipes = [], []
     for first in range(clips.start, clips.stop, batch):
         group = [draw_clip((seed + 1 << 32) + i, blocks, mix) for i in range(first, min(first + batch, clips.stop))]
         worlds = [clip_world(recipe) for recipe in group]
-        frames = torch.stack([world.render(0, count) for world in worlds])
-        latents.append(codec.encode(to_unit(frames).to(device))[0].half().cpu())
-        shown.append(latents[-1].clone())
         losses = [recipe["lost"] for recipe in group]
-        if rows := [i for i, lost in enumerate(losses) if lost is not None]:
-            for i in rows:
-                start, end = (block_start(b) for b in losses[i])
-                frames[i, start:end] = replace(worlds[i], objects=()).render(start, end - start)
-            shown[-1][rows] = codec.encode(to_unit(frames[rows]).to(device))[0].half().cpu()
+        frames = torch.stack([world.render(0, block_start(blocks)) for world in worlds])
+        latents = codec.encode(to_unit(frames).to(device))[0].half().cpu()
+        parts["latents"].append(latents)
+        if mix.lost:
+            rows = [i for i, lost in enumerate(losses) if lost is not None]
+            shown = latents.clone()
+            if rows:
+                bare = _without_objects(frames[rows], [worlds[i] for i in rows], [losses[i] for i in rows])
+                shown[rows] = codec.encode(to_unit(bare).to(device))[0].half().cpu()
+            parts["shown"].append(shown)
         marks += [annotate(world, blocks, lost) for world, lost in zip(worlds, losses, strict=True)]
         recipes += [recipe | {"prompt": world.prompt} for recipe, world in zip(group, worlds, strict=True)]
         bar.update(len(group))
-    tensors = {name: torch.stack([m[name] for m in marks]) for name in marks[0]}
-    tensors |= {"shown": torch.cat(shown)} if mix.lost else {}
-    return tensors | {"latents": torch.cat(latents)}, recipes
+    tensors = {name: torch.stack([m[name] for m in marks]) for name in MARKS}
+    return tensors | {name: torch.cat(x) for name, x in parts.items()}, recipes
+
+
+def _without_objects(frames: Tensor, worlds: Sequence[World], losses: Sequence[tuple[int, int]]) -> Tensor:
+    """Return clips ``(N, F, 3, H, W)`` with the blocks that lose their objects drawn without them."""
+    frames = frames.clone()
+    for clip, world, lost in zip(frames, worlds, losses, strict=True):
+        start, end = (block_start(b) for b in lost)
+        clip[start:end] = replace(world, objects=()).render(start, end - start)
+    return frames
 
 
 def _write_shard(path: Path, content: tuple[dict[str, Tensor], Sequence[dict[str, Any]]]) -> None:
@@ -346,8 +254,3 @@ def _shard_size(path: Path) -> int:
             return file.get_slice("latents").get_shape()[0]
     except SafetensorError:
         return 0
-
-
-def _draw(rng: np.random.Generator, odds: Odds) -> int:
-    weights = np.array([weight for _, weight in odds])
-    return odds[int(rng.choice(len(odds), p=weights / weights.sum()))][0]
